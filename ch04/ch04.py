@@ -1,0 +1,317 @@
+"""Chapter 4: a GPT model from its parts up to greedy text generation.
+
+`ch04.ipynb` explains the same definitions one at a time. Only torch is needed.
+Shapes in comments: B batch, T tokens, D embedding width, V vocabulary, nh heads, hd head width.
+"""
+
+import torch
+from torch import nn
+
+GPT_CONFIG_124M = {
+    "vocab_size": 50257,
+    "context_length": 1024,
+    "emb_dim": 768,
+    "n_heads": 12,
+    "n_layers": 12,
+    "drop_rate": 0.1,
+    "qkv_bias": False,
+}
+
+
+def pick_device():
+    """Return the best `torch.device` here: CUDA, then Apple's MPS (torch 2.9 on), then CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if torch.backends.mps.is_available() and version >= (2, 9):  # older ones: unstable results
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+# 4.1 The architecture, with empty rooms
+
+
+class DummyTransformerBlock(nn.Module):
+    """Placeholder block: returns its input (B, T, D) unchanged."""
+
+    def __init__(self, cfg):
+        super().__init__()
+
+    def forward(self, x):
+        return x
+
+
+class DummyLayerNorm(nn.Module):
+    """Placeholder normalisation: returns its input (…, D) unchanged."""
+
+    def __init__(self, normalized_shape, eps=1e-5):
+        super().__init__()
+
+    def forward(self, x):
+        return x
+
+
+class DummyGPTModel(nn.Module):
+    """GPT's outline with placeholder blocks: token ids (B, T) to logits (B, T, V)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.tok_emb = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
+        self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
+        self.drop_emb = nn.Dropout(cfg["drop_rate"])
+        self.trf_blocks = nn.Sequential(*[DummyTransformerBlock(cfg) for _ in range(cfg["n_layers"])])
+        self.final_norm = DummyLayerNorm(cfg["emb_dim"])
+        self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
+
+    def forward(self, in_idx):
+        positions = torch.arange(in_idx.shape[1], device=in_idx.device)
+        x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(positions))  # (B, T, D)
+        x = self.final_norm(self.trf_blocks(x))
+        return self.out_head(x)  # (B, T, V)
+
+
+# 4.2 Layer normalisation
+
+
+class LayerNorm(nn.Module):
+    """y = scale · (x − mean) / √(var + eps) + shift over the last dimension, x (…, D).
+
+    The variance is the biased one (divided by D), as in GPT-2; eps is 1e-5.
+    Source: section 4.2; Ba, Kiros, Hinton, "Layer Normalization" (2016).
+    """
+
+    def __init__(self, emb_dim):
+        super().__init__()
+        self.eps = 1e-5
+        self.scale = nn.Parameter(torch.ones(emb_dim))
+        self.shift = nn.Parameter(torch.zeros(emb_dim))
+
+    def forward(self, x):
+        mean = x.mean(dim=-1, keepdim=True)
+        var = x.var(dim=-1, keepdim=True, unbiased=False)
+        return self.scale * (x - mean) / torch.sqrt(var + self.eps) + self.shift
+
+
+# 4.3 GELU and the feed-forward network
+
+
+class GELU(nn.Module):
+    """0.5 · x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))), the form GPT-2 was trained with.
+
+    Source: section 4.3; Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016).
+    """
+
+    def forward(self, x):
+        return nn.functional.gelu(x, approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Linear D → 4D, GELU, Linear 4D → D, on every position alone: (B, T, D) to (B, T, D)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(cfg["emb_dim"], 4 * cfg["emb_dim"]),
+            GELU(),
+            nn.Linear(4 * cfg["emb_dim"], cfg["emb_dim"]),
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+# 4.4 Shortcut connections
+
+
+class ExampleDeepNeuralNetwork(nn.Module):
+    """Linear + GELU layers of `layer_sizes` (n + 1 widths for n layers), with or without shortcuts."""
+
+    def __init__(self, layer_sizes, use_shortcut):
+        super().__init__()
+        self.use_shortcut = use_shortcut
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(d_in, d_out), GELU())
+            for d_in, d_out in zip(layer_sizes, layer_sizes[1:])
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            out = layer(x)
+            x = x + out if self.use_shortcut and x.shape == out.shape else out
+        return x
+
+
+def print_gradients(model, x):
+    """Print each weight's mean absolute gradient of the mean of (model(x) − 0)², x (B, d_in)."""
+    output = model(x)
+    nn.functional.mse_loss(output, torch.zeros_like(output)).backward()
+    for name, param in model.named_parameters():
+        if "weight" in name:
+            print(f"{name} has gradient mean of {param.grad.abs().mean().item()}")
+
+
+# 4.5 Attention (from chapter 3) and the transformer block
+
+
+class MultiHeadAttention(nn.Module):
+    """softmax(Q Kᵀ / √hd + causal mask) V in every head, then the output projection.
+
+    x (B, T, d_in) to (B, T, d_out). `cache` holds the keys and values of earlier tokens.
+    With `fused = True` torch's own kernel computes the same without storing the T × T weights.
+    Raises ValueError if num_heads does not divide d_out. Source: chapter 3.
+    """
+
+    fused = False
+
+    def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
+        super().__init__()
+        if d_out % num_heads:
+            raise ValueError(f"d_out ({d_out}) must be a multiple of num_heads ({num_heads})")
+        self.d_out = d_out
+        self.num_heads = num_heads
+        self.head_dim = d_out // num_heads
+        self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
+        self.out_proj = nn.Linear(d_out, d_out)
+        self.dropout = nn.Dropout(dropout)
+        future = torch.ones(context_length, context_length, dtype=torch.bool).triu(diagonal=1)
+        self.register_buffer("mask", future, persistent=False)
+
+    def forward(self, x, cache=None):
+        queries = self.split_heads(self.W_query(x))  # (B, nh, T, hd)
+        keys = self.split_heads(self.W_key(x))
+        values = self.split_heads(self.W_value(x))
+        if cache is not None:
+            keys, values = cache.append(keys, values)  # (B, nh, earlier + T, hd)
+        attend = self.attend_fused if self.fused else self.attend
+        context = attend(queries, keys, values).transpose(1, 2)  # (B, T, nh, hd)
+        return self.out_proj(context.reshape(*x.shape[:2], self.d_out))
+
+    def split_heads(self, x):
+        return x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+
+    def attend(self, queries, keys, values):
+        num_queries, num_keys = queries.shape[2], keys.shape[2]
+        scores = queries @ keys.transpose(2, 3)  # (B, nh, queries, keys)
+        future = self.mask[num_keys - num_queries : num_keys, :num_keys]
+        scores.masked_fill_(future, -torch.inf)
+        weights = torch.softmax(scores / self.head_dim**0.5, dim=-1)
+        return self.dropout(weights) @ values  # (B, nh, queries, hd)
+
+    def attend_fused(self, queries, keys, values):
+        num_queries, num_keys = queries.shape[2], keys.shape[2]
+        square = num_queries == num_keys
+        past = None if square else ~self.mask[num_keys - num_queries : num_keys, :num_keys]
+        return nn.functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=past, is_causal=square,
+            dropout_p=self.dropout.p if self.training else 0.0,
+        )
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm1(x)), then x + feed-forward(norm2(x)): (B, T, D) to (B, T, D)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.att = MultiHeadAttention(
+            d_in=cfg["emb_dim"],
+            d_out=cfg["emb_dim"],
+            context_length=cfg["context_length"],
+            dropout=cfg["drop_rate"],
+            num_heads=cfg["n_heads"],
+            qkv_bias=cfg["qkv_bias"],
+        )
+        self.ff = FeedForward(cfg)
+        self.norm1 = LayerNorm(cfg["emb_dim"])
+        self.norm2 = LayerNorm(cfg["emb_dim"])
+        self.drop_resid = nn.Dropout(cfg["drop_rate"])
+
+    def forward(self, x, cache=None):
+        x = x + self.drop_resid(self.att(self.norm1(x), cache))
+        return x + self.drop_resid(self.ff(self.norm2(x)))
+
+
+# 4.6 The GPT model
+
+
+class GPTModel(nn.Module):
+    """Token ids (B, T) to next-token logits (B, T, V), for T up to cfg["context_length"].
+
+    `cache` (a `KVCache`) lets a call read only the tokens that earlier calls have not seen.
+    Raises ValueError for more tokens than the context. Source: section 4.6.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.tok_emb = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
+        self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
+        self.drop_emb = nn.Dropout(cfg["drop_rate"])
+        self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg["n_layers"])])
+        self.final_norm = LayerNorm(cfg["emb_dim"])
+        self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
+
+    def forward(self, in_idx, cache=None):
+        return self.out_head(self.features(in_idx, cache))  # (B, T, V)
+
+    def features(self, in_idx, cache=None):
+        """Return what `out_head` reads: the normalised last block's output, (B, T, D)."""
+        start = 0 if cache is None else cache.length
+        end, context_length = start + in_idx.shape[1], self.pos_emb.num_embeddings
+        if end > context_length:
+            raise ValueError(f"{end} tokens do not fit the context of {context_length}: crop the input")
+        positions = torch.arange(start, end, device=in_idx.device)
+        x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(positions))
+        for number, block in enumerate(self.trf_blocks):
+            x = block(x, None if cache is None else cache.layers[number])
+        return self.final_norm(x)
+
+
+class LayerCache:
+    """The keys and values (B, nh, tokens so far, hd) that one attention layer has computed."""
+
+    def __init__(self, max_tokens):
+        self.max_tokens, self.length = max_tokens, 0
+
+    def append(self, keys, values):
+        """Store both (B, nh, T, hd) and return all of them so far, (B, nh, length, hd).
+
+        Raises ValueError if they do not fit into `max_tokens`.
+        """
+        start, end = self.length, self.length + keys.shape[2]
+        if end > self.max_tokens:
+            raise ValueError(f"the cache has room for {self.max_tokens} tokens, not {end}: make it larger")
+        if start == 0:
+            batch, heads, _, width = keys.shape
+            self.keys = keys.new_empty(batch, heads, self.max_tokens, width)
+            self.values = torch.empty_like(self.keys)
+        self.keys[:, :, start:end] = keys
+        self.values[:, :, start:end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class KVCache:
+    """One `LayerCache` for each of `num_layers` blocks, with room for `max_tokens` tokens."""
+
+    def __init__(self, num_layers, max_tokens):
+        self.layers = [LayerCache(max_tokens) for _ in range(num_layers)]
+
+    @property
+    def length(self):
+        return self.layers[0].length
+
+
+# 4.7 Generating text
+
+
+def generate_text_simple(model, idx, max_new_tokens, context_size):
+    """Append the most likely token `max_new_tokens` times: idx (B, T) to (B, T + new).
+
+    Only the last `context_size` tokens are read at each step. Source: section 4.7.
+    """
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            logits = model(idx[:, -context_size:])[:, -1, :]  # (B, V)
+        idx = torch.cat((idx, logits.argmax(dim=-1, keepdim=True)), dim=1)
+    return idx

@@ -1,0 +1,315 @@
+"""Chapter 5: training a GPT, decoding with temperature and top-k, loading OpenAI's weights.
+
+`ch05.ipynb` explains the same definitions one at a time; chapter 4's are imported from `ch04`.
+Shapes in comments: B batch, T tokens, V vocabulary. Losses are in nats a token.
+"""
+
+import os
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from book_assets import get_tokenizer
+from ch04 import GPTModel, KVCache, generate_text_simple
+
+CHECKPOINT_FORMAT = "gpt-from-scratch/1"
+
+
+# From chapter 2: text to batches
+
+
+class GPTDatasetV1(Dataset):
+    """Windows of `max_length` tokens that begin every `stride` tokens, with the next tokens as targets.
+
+    Item: (input ids, target ids), both int64 (max_length,). Raises ValueError for too short a text.
+    """
+
+    def __init__(self, txt, tokenizer, max_length, stride):
+        token_ids = tokenizer.encode(txt, allowed_special={"<|endoftext|>"})
+        if len(token_ids) <= max_length:
+            raise ValueError(
+                f"the text has {len(token_ids)} tokens, a window needs {max_length + 1}: "
+                "take a longer text or a smaller max_length"
+            )
+        windows = torch.tensor(token_ids).unfold(0, max_length + 1, stride)
+        self.input_ids, self.target_ids = windows[:, :-1], windows[:, 1:]
+
+    def __len__(self):
+        return len(self.input_ids)
+
+    def __getitem__(self, idx):
+        return self.input_ids[idx], self.target_ids[idx]
+
+
+def create_dataloader_v1(
+    txt, batch_size=4, max_length=256, stride=128, shuffle=True, drop_last=True, num_workers=0
+):
+    """Return a DataLoader of (input, target) batches (batch_size, max_length) of GPT-2 token ids."""
+    dataset = GPTDatasetV1(txt, get_tokenizer(), max_length, stride)
+    return DataLoader(
+        dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, num_workers=num_workers
+    )
+
+
+def text_to_token_ids(text, tokenizer):
+    """Return the ids of one text as a batch of one, (1, T)."""
+    return torch.tensor([tokenizer.encode(text, allowed_special={"<|endoftext|>"})])
+
+
+def token_ids_to_text(token_ids, tokenizer):
+    """Return the text of a batch of one, (1, T), or of one sequence, (T,)."""
+    return tokenizer.decode(token_ids.squeeze(0).tolist())
+
+
+# 5.1 Evaluating text generation
+
+
+def calc_loss_batch(input_batch, target_batch, model, device):
+    """Mean cross-entropy of a batch, inputs and targets (B, T): a tensor with gradient."""
+    logits = model(input_batch.to(device))  # (B, T, V)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), target_batch.to(device).flatten())
+
+
+def calc_loss_loader(data_loader, model, device, num_batches=None, loss_of_batch=calc_loss_batch):
+    """Mean loss over the first `num_batches` batches (None: all); NaN for an empty loader."""
+    num_batches = min(len(data_loader), num_batches or len(data_loader))
+    losses = [
+        loss_of_batch(inputs, targets, model, device).item()
+        for inputs, targets in islice(data_loader, num_batches)
+    ]
+    return sum(losses) / len(losses) if losses else float("nan")
+
+
+def evaluate_model(
+    model, train_loader, val_loader, device, eval_iter, loss_of_batch=calc_loss_batch
+):
+    """Return the mean training and validation loss over `eval_iter` batches each, without dropout."""
+    model.eval()
+    with torch.no_grad():
+        losses = [
+            calc_loss_loader(loader, model, device, eval_iter, loss_of_batch)
+            for loader in (train_loader, val_loader)
+        ]
+    model.train()
+    return tuple(losses)
+
+
+# 5.2 Training
+
+
+def generate_and_print_sample(model, tokenizer, device, start_context):
+    """Print, on one line, `start_context` and 50 greedy tokens after it."""
+    model.eval()
+    context_size = model.pos_emb.weight.shape[0]
+    encoded = text_to_token_ids(start_context, tokenizer).to(device)
+    token_ids = generate_text_simple(model, encoded, max_new_tokens=50, context_size=context_size)
+    tqdm.write(token_ids_to_text(token_ids, tokenizer).replace("\n", " "))
+    model.train()
+
+
+def train_model_simple(
+    model, train_loader, val_loader, optimizer, device, num_epochs,
+    eval_freq, eval_iter, start_context, tokenizer, progress=True,
+):
+    """Train on next-token prediction; print losses every `eval_freq` steps and a sample every epoch.
+
+    Returns (train_losses, val_losses, track_tokens_seen), an entry an evaluation.
+    `progress=False` (or the variable TQDM_DISABLE=1) hides the bar. Source: section 5.2.
+    """
+    train_losses, val_losses, track_tokens_seen = [], [], []
+    tokens_seen, global_step = 0, -1
+    for epoch in range(num_epochs):
+        model.train()
+        bar = tqdm(train_loader, f"epoch {epoch + 1}", disable=not progress, leave=False)
+        for input_batch, target_batch in bar:
+            optimizer.zero_grad()
+            loss = calc_loss_batch(input_batch, target_batch, model, device)
+            loss.backward()
+            optimizer.step()
+            tokens_seen += input_batch.numel()
+            global_step += 1
+            if global_step % eval_freq == 0:
+                train_loss, val_loss = evaluate_model(model, train_loader, val_loader, device, eval_iter)
+                train_losses.append(train_loss)
+                val_losses.append(val_loss)
+                track_tokens_seen.append(tokens_seen)
+                tqdm.write(
+                    f"Ep {epoch + 1} (Step {global_step:06d}): "
+                    f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}"
+                )
+        generate_and_print_sample(model, tokenizer, device, start_context)
+    return train_losses, val_losses, track_tokens_seen
+
+
+def plot_losses(epochs_seen, tokens_seen, train_losses, val_losses, save_as=None):
+    """Return a Figure of both losses over epochs (below) and tokens (above); save it where asked."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    fig, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    ax.plot(epochs_seen, train_losses, label="training")
+    ax.plot(epochs_seen, val_losses, linestyle="-.", label="validation")
+    ax.set(xlabel="epochs", ylabel="loss (nats a token)")
+    ax.legend()
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    tokens_axis = ax.twiny()
+    tokens_axis.plot(tokens_seen, train_losses, alpha=0)  # only to scale the upper axis
+    tokens_axis.set_xlabel("tokens seen")
+    if save_as:
+        fig.savefig(save_as)
+    plt.close(fig)  # a notebook shows the returned figure, once
+    return fig
+
+
+# 5.3 Decoding
+
+
+def next_token_logits(model, idx, context_size, cache=None):
+    """Logits (B, V) of the token after idx (B, T); with a cache, only unread tokens are computed."""
+    if cache is None or idx.shape[1] > context_size:  # a cropped window shifts every position
+        return model(idx[:, -context_size:])[:, -1]
+    return model.out_head(model.features(idx[:, cache.length :], cache)[:, -1])
+
+
+def sample_token(logits, temperature=0.0, top_k=None):
+    """Return one token id a row, (B, 1), from logits (B, V): greedy at temperature 0."""
+    if top_k is not None:
+        lowest = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, -torch.inf)
+    if temperature > 0.0:
+        return torch.multinomial(torch.softmax(logits / temperature, dim=-1), num_samples=1)
+    return logits.argmax(dim=-1, keepdim=True)
+
+
+def generate(
+    model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None, eos_id=None, use_cache=False
+):
+    """Continue idx (B, T) by up to `max_new_tokens` tokens: (B, T + new).
+
+    A row that has drawn `eos_id` is filled up with it; generation ends, before that token is
+    appended, when every row has. `use_cache=True` gives the same tokens without reading the prompt
+    again at every step. Raises ValueError for top_k < 1 or a negative temperature. Source: section 5.3.
+    """
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(f"need temperature >= 0 and top_k >= 1, not {temperature} and {top_k}")
+    cache = KVCache(len(model.trf_blocks), context_size) if use_cache else None
+    finished = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            logits = next_token_logits(model, idx, context_size, cache)
+        idx_next = sample_token(logits, temperature, top_k)
+        if eos_id is not None:
+            finished |= idx_next == eos_id
+            if finished.all():
+                break
+            idx_next = idx_next.masked_fill(finished, eos_id)
+        idx = torch.cat((idx, idx_next), dim=1)
+    return idx
+
+
+# 5.4 Saving and loading
+
+
+def save_checkpoint(path, model, config, optimizer=None, **settings):
+    """Write the weights with the model's `config`, and the optimizer's state and `settings` if given."""
+    checkpoint = {"format": CHECKPOINT_FORMAT, "config": config, "model": model.state_dict(), **settings}
+    if optimizer is not None:
+        checkpoint["optimizer"] = optimizer.state_dict()
+    partial = Path(f"{path}.partial")
+    torch.save(checkpoint, partial)
+    os.replace(partial, path)  # never half a checkpoint under the final name
+
+
+def read_checkpoint(path, device="cpu"):
+    """Return the dictionary that `save_checkpoint` wrote, its tensors on `device`.
+
+    Raises FileNotFoundError if there is none, ValueError if the file is something else.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no checkpoint {path}: train first, or name the file that you saved")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is not its own
+        raise ValueError(f"{path} is not a checkpoint of save_checkpoint, or is damaged") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of save_checkpoint: it has no config")
+    return checkpoint
+
+
+def load_checkpoint(path, device="cpu"):
+    """Return (model, checkpoint): a `GPTModel` in eval mode on `device`, and the whole dictionary."""
+    checkpoint = read_checkpoint(path, device)
+    model = GPTModel(checkpoint["config"])
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval(), checkpoint
+
+
+# 5.5 OpenAI's weights
+
+
+def config_from_settings(settings, drop_rate=0.0):
+    """Return `GPTModel`'s configuration for the settings that come with GPT-2's weights."""
+    return {
+        "vocab_size": settings["n_vocab"],
+        "context_length": settings["n_ctx"],
+        "emb_dim": settings["n_embd"],
+        "n_heads": settings["n_head"],
+        "n_layers": settings["n_layer"],
+        "drop_rate": drop_rate,
+        "qkv_bias": True,
+    }
+
+
+def assign(left, right):
+    """Return `right` as a new Parameter with left's dtype and device; ValueError if the shapes differ."""
+    if tuple(left.shape) != tuple(right.shape):
+        raise ValueError(f"shape mismatch: the model has {tuple(left.shape)}, the weights {tuple(right.shape)}")
+    return nn.Parameter(torch.as_tensor(right).to(left, copy=True))
+
+
+def matching_weights(gpt, params):
+    """Yield (name, module, attribute, array) for every parameter of `gpt`, arrays in its orientation."""
+    yield "wte", gpt.tok_emb, "weight", params["wte"]
+    yield "wpe", gpt.pos_emb, "weight", params["wpe"]
+    for number, (block, weights) in enumerate(zip(gpt.trf_blocks, params["blocks"])):
+        att, attn, mlp = block.att, weights["attn"], weights["mlp"]
+        for kind, attribute in (("w", "weight"), ("b", "bias")):
+            thirds = np.split(attn["c_attn"][kind], 3, axis=-1)
+            for part, linear, third in zip("qkv", (att.W_query, att.W_key, att.W_value), thirds):
+                yield f"h{number}.attn.c_attn.{kind}[{part}]", linear, attribute, third.T
+            for name, linear, array in (
+                ("attn.c_proj", att.out_proj, attn["c_proj"]),
+                ("mlp.c_fc", block.ff.layers[0], mlp["c_fc"]),
+                ("mlp.c_proj", block.ff.layers[2], mlp["c_proj"]),
+            ):
+                yield f"h{number}.{name}.{kind}", linear, attribute, array[kind].T
+        for name, norm in (("ln_1", block.norm1), ("ln_2", block.norm2)):
+            yield f"h{number}.{name}.g", norm, "scale", weights[name]["g"]
+            yield f"h{number}.{name}.b", norm, "shift", weights[name]["b"]
+    yield "ln_f.g", gpt.final_norm, "scale", params["g"]
+    yield "ln_f.b", gpt.final_norm, "shift", params["b"]
+    yield "wte (output head)", gpt.out_head, "weight", params["wte"]
+
+
+def load_weights_into_gpt(gpt, params):
+    """Copy GPT-2's weights into `gpt`, whose configuration must have qkv_bias True.
+
+    Raises ValueError that names the tensor whose shape differs; `gpt` is then as it was.
+    """
+    if len(params["blocks"]) != len(gpt.trf_blocks):
+        raise ValueError(f"the model has {len(gpt.trf_blocks)} blocks, the weights {len(params['blocks'])}")
+    loaded = []
+    for name, module, attribute, array in matching_weights(gpt, params):
+        if getattr(module, attribute) is None:
+            raise ValueError(f"{name}: the model has no such bias; set qkv_bias=True in its configuration")
+        try:
+            loaded.append((module, attribute, assign(getattr(module, attribute), array)))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    for module, attribute, parameter in loaded:
+        setattr(module, attribute, parameter)

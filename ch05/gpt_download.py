@@ -1,0 +1,181 @@
+"""Fetch and read GPT-2's weights: OpenAI's TensorFlow checkpoint or Hugging Face's safetensors file.
+
+    settings, params = download_and_load_gpt2(model_size="124M", models_dir="gpt2")
+
+`settings` holds n_vocab, n_ctx, n_embd, n_head and n_layer. `params` holds float32 arrays: "wte"
+(V, D), "wpe" (context, D), "g" and "b" (D,) of the final norm, and "blocks", one dictionary a layer:
+attn.c_attn (w: D × 3D), attn.c_proj, mlp.c_fc, mlp.c_proj, ln_1, ln_2. Both sources give the same.
+"""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from book_assets import ASSETS, EMBEDDED_MODEL, in_cache
+from book_downloads import fetch
+
+MODEL_SIZES = {  # name: width, layers, heads
+    "124M": (768, 12, 12),
+    "355M": (1024, 24, 16),
+    "774M": (1280, 36, 20),
+    "1558M": (1600, 48, 25),
+}
+SMALL_FILES = ("encoder.json", "hparams.json", "vocab.bpe")
+CHECKPOINT_FILES = (
+    "checkpoint", "model.ckpt.data-00000-of-00001", "model.ckpt.index", "model.ckpt.meta",
+)
+SAFETENSORS_FILE = "model.safetensors"
+
+
+def download_and_load_gpt2(model_size, models_dir, source=None):
+    """Return (settings, params) of a GPT-2, from `models_dir`/`model_size` or, if need be, the network.
+
+    `model_size` is 124M, 355M, 774M or 1558M, or tiny for the model that this repository ships.
+    `source` is "tensorflow" (OpenAI's checkpoint) or "safetensors" (Hugging Face's file, needs no
+    TensorFlow); None takes the one that is already there, else TensorFlow's if it is installed.
+    A relative `models_dir` is looked for under LLM_CACHE_DIR if that variable is set.
+    Raises ValueError for another size or source, ImportError for "tensorflow" without TensorFlow,
+    `book_downloads.DownloadError` if a file cannot be had. Source: chapter 5, section 5.5.
+    """
+    if model_size == "tiny":
+        return load_gpt2(EMBEDDED_MODEL)
+    if model_size not in MODEL_SIZES:
+        raise ValueError(f"model_size must be one of {(*MODEL_SIZES, 'tiny')}, not {model_size!r}")
+    folder = in_cache(Path(models_dir) / model_size)
+    source = source or preferred_source(folder)
+    if source == "tensorflow":
+        require_tensorflow()
+        for file in (*SMALL_FILES, *CHECKPOINT_FILES):
+            fetch(ASSETS[f"gpt2/{model_size}/{file}"], folder)
+    elif source == "safetensors":
+        fetch(ASSETS[f"gpt2/{model_size}/{SAFETENSORS_FILE}"], folder)
+        add_small_files(folder, model_size)
+    else:
+        raise ValueError(f'source must be "tensorflow", "safetensors" or None, not {source!r}')
+    return load_gpt2(folder, source)
+
+
+def preferred_source(folder):
+    """Return the source whose weights `folder` holds, else "tensorflow" if that is installed."""
+    if (folder / SAFETENSORS_FILE).exists():
+        return "safetensors"
+    if (folder / CHECKPOINT_FILES[1]).exists() or importlib.util.find_spec("tensorflow"):
+        return "tensorflow"
+    return "safetensors"
+
+
+def require_tensorflow():
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ImportError(
+            "OpenAI's checkpoint is read with TensorFlow, which is not installed: "
+            'run "pip install tensorflow", or pass source="safetensors", which does without it'
+        )
+
+
+def add_small_files(folder, model_size):
+    """Put the vocabulary (the same for every GPT-2) and hparams.json beside a safetensors file."""
+    for file in ("encoder.json", "vocab.bpe"):
+        if not (folder / file).exists():
+            shutil.copyfile(EMBEDDED_MODEL / file, folder / file)
+    width, layers, heads = MODEL_SIZES[model_size]
+    hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": width, "n_head": heads, "n_layer": layers}
+    if not (folder / "hparams.json").exists():
+        (folder / "hparams.json").write_text(json.dumps(hparams), encoding="utf-8")
+
+
+def load_gpt2(folder, source=None):
+    """Return (settings, params) from a folder in OpenAI's layout, without any network access.
+
+    Raises FileNotFoundError if hparams.json or the weights are missing, ValueError if unreadable.
+    """
+    folder = Path(folder)
+    if not (folder / "hparams.json").exists():
+        raise FileNotFoundError(f"no hparams.json in {folder}: this is not a GPT-2 folder")
+    settings = json.loads((folder / "hparams.json").read_text(encoding="utf-8"))
+    if (source or preferred_source(folder)) == "safetensors":
+        return settings, load_gpt2_params_from_safetensors(folder / SAFETENSORS_FILE, settings)
+    require_tensorflow()
+    import tensorflow as tf
+
+    checkpoint = tf.train.latest_checkpoint(str(folder))
+    if checkpoint is None:
+        raise FileNotFoundError(f"no TensorFlow checkpoint and no {SAFETENSORS_FILE} in {folder}")
+    return settings, load_gpt2_params_from_tf_ckpt(checkpoint, settings)
+
+
+def load_gpt2_params_from_tf_ckpt(ckpt_path, settings):
+    """Read variables such as model/h0/attn/c_attn/w from a TensorFlow checkpoint's path prefix."""
+    import tensorflow as tf
+
+    params = {"blocks": [{} for _ in range(settings["n_layer"])]}
+    for name, _ in tf.train.list_variables(ckpt_path):
+        if name.startswith("model/"):  # others, such as an optimizer's, are not weights
+            array = tf.train.load_variable(ckpt_path, name)
+            path = name.split("/")[1:]
+            store(params, path, array[0] if path[-1] == "w" else array)  # w has a leading 1
+    return complete(params, ckpt_path)
+
+
+def load_gpt2_params_from_safetensors(path, settings):
+    """Read tensors such as h.0.attn.c_attn.weight, with or without the prefix "transformer."."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no {SAFETENSORS_FILE} in {Path(path).parent}")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and fetch it again") from error
+    params = {"blocks": [{} for _ in range(settings["n_layer"])]}
+    for name, array in tensors.items():
+        path_parts = openai_path(name.removeprefix("transformer."))
+        if path_parts:
+            store(params, path_parts, array)
+    return complete(params, path)
+
+
+def openai_path(name):
+    """h.0.attn.c_attn.weight → [h0, attn, c_attn, w]; None for masks and the tied output head."""
+    parts = name.split(".")
+    if parts[0] in ("wte", "wpe"):
+        return parts[:1]
+    if parts[-2:] in (["attn", "bias"], ["attn", "masked_bias"]) or parts[0] == "lm_head":
+        return None
+    kind = {"weight": "g" if parts[-2].startswith("ln_") else "w", "bias": "b"}[parts[-1]]
+    return ([f"h{parts[1]}", *parts[2:-1]] if parts[0] == "h" else parts[:-1]) + [kind]
+
+
+def store(params, path, array):
+    """Put `array`, as float32, at its place: [h3, mlp, c_fc, w] → params["blocks"][3]["mlp"]["c_fc"]["w"]."""
+    target, (first, *rest) = params, path
+    if first.startswith("h"):
+        number = int(first[1:])
+        if number >= len(params["blocks"]):
+            raise ValueError(f"{'/'.join(path)}: hparams.json promises {len(params['blocks'])} layers")
+        target = params["blocks"][number]
+    elif first != "ln_f":
+        rest = path  # wte, wpe; ln_f's g and b stand at the top
+    for key in rest[:-1]:
+        target = target.setdefault(key, {})
+    target[rest[-1]] = np.asarray(array, dtype=np.float32)
+
+
+def complete(params, origin):
+    """Return `params`, or raise ValueError naming what is missing."""
+    layers = [f"{part}.{kind}" for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+              for kind in "wb"] + [f"{part}.{kind}" for part in ("ln_1", "ln_2") for kind in "gb"]
+    missing = [name for name in ("wte", "wpe", "g", "b") if name not in params]
+    for number, block in enumerate(params["blocks"]):
+        for name in layers:
+            target = block
+            for key in name.split("."):
+                target = target.get(key, {})
+            if isinstance(target, dict):
+                missing.append(f"h{number}.{name}")
+    if missing:
+        raise ValueError(f"{origin} lacks {', '.join(missing[:5])}{' …' * (len(missing) > 5)}: fetch it again")
+    return params

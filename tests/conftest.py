@@ -1,0 +1,78 @@
+"""Options and fixtures of all tests. No test reaches the network: pytest-socket allows loopback only."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ALLOWED_SKIPS = ("slow:", "needs CUDA", "needs MPS")
+NOTEBOOK_LINES = pytest.StashKey[list]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption(
+        "--strict-skips", action="store_true",
+        help="fail if a test is skipped for any reason but CUDA, MPS and slow",
+    )
+
+
+def pytest_configure(config):
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("MPLBACKEND", "agg")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    config.stash[NOTEBOOK_LINES] = []
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: takes minutes, run with --slow"))
+
+
+def unexpected_skips(reporter):
+    reasons = {report.nodeid: report.longrepr[2] for report in reporter.stats.get("skipped", [])}
+    return {
+        test: reason for test, reason in reasons.items()
+        if not reason.removeprefix("Skipped: ").startswith(ALLOWED_SKIPS)
+    }
+
+
+def pytest_sessionfinish(session, exitstatus):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("--strict-skips") and exitstatus == 0 and unexpected_skips(reporter):
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash[NOTEBOOK_LINES]:
+        terminalreporter.write_line(line)
+    if config.getoption("--strict-skips"):
+        for test, reason in unexpected_skips(terminalreporter).items():
+            terminalreporter.write_line(f"SKIPPED, which --strict-skips forbids: {test}: {reason}")
+
+
+@pytest.fixture(scope="session")
+def book_data():
+    """The folder with the real SMS Spam Collection and the-verdict.txt, which is not committed."""
+    folder = Path(os.environ.get("BOOK_DATA", REPOSITORY.parent / "shared" / "data")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"needs the book's data: no folder {folder}; set BOOK_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from book_assets import get_tokenizer
+
+    return get_tokenizer()
+
+
+@pytest.fixture
+def tiny_config():
+    return {
+        "vocab_size": 50257, "context_length": 64, "emb_dim": 32, "n_heads": 4,
+        "n_layers": 2, "drop_rate": 0.0, "qkv_bias": True,
+    }
