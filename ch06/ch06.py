@@ -1,0 +1,329 @@
+"""Chapter 6: fine-tuning a GPT to tell spam from other text messages.
+
+`ch06.ipynb` explains the same definitions one at a time; earlier chapters' are imported.
+Shapes in comments: B batch, T tokens, C classes. Accuracies are fractions between 0 and 1.
+"""
+
+from itertools import islice
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+import ch05
+from book_assets import EMBEDDED_MESSAGES, in_cache
+from ch04 import GPTModel
+
+SPAM_URL = "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip"
+LABELS = {"ham": 0, "spam": 1}
+
+
+# 6.2 Preparing the data
+
+
+def download_and_unzip_spam_data(url, zip_path, extracted_path, data_file_path):
+    """Leave the SMS Spam Collection, verified, at `data_file_path`; a good file there is used as it is.
+
+    `url` is tried alone; None tries the known sources in turn. `zip_path` is where the archive goes,
+    `extracted_path` where it is unpacked. Raises `book_downloads.DownloadError`. Source: listing E.1.
+    """
+    from book_downloads import fetch_spam_data
+
+    return fetch_spam_data(url, zip_path, extracted_path, data_file_path)
+
+
+def read_messages(path):
+    """Return a DataFrame with the columns Label ("ham" or "spam") and Text of a tab-separated file.
+
+    Quotes are read as in listing E.1, by pandas' default: in the SMS Spam Collection a quotation mark
+    that is never closed swallows the lines up to the next one, so 5,574 lines give 5,572 messages.
+    Raises ValueError for other labels.
+    """
+    names = ["Label", "Text"]
+    df = pd.read_csv(path, sep="\t", header=None, names=names, keep_default_na=False)
+    check_labels(df["Label"], LABELS, f"{path} must hold a label, a tab and a message a line")
+    return df
+
+
+def load_messages(choice):
+    """Return the messages of `choice.data`: "book" (UCI's, fetched if need be) or "embedded"."""
+    if choice.data == "embedded":
+        return read_messages(EMBEDDED_MESSAGES)
+    folder = in_cache("sms_spam_collection")
+    data_file_path = Path(folder) / "SMSSpamCollection.tsv"
+    zip_path = in_cache("sms_spam_collection.zip")
+    download_and_unzip_spam_data(None, zip_path, folder, data_file_path)
+    return read_messages(data_file_path)
+
+
+def check_labels(labels, known, remedy):
+    """Raise ValueError, naming the first strangers, unless every label is one of `known`."""
+    strangers = labels[~labels.isin(list(known))].unique().tolist()
+    if strangers:
+        raise ValueError(f"labels {strangers[:3]} are not among {list(known)}: {remedy}")
+
+
+def create_balanced_dataset(df):
+    """Return as many "ham" as "spam" rows, ham first; of the larger class a sample (random_state 123).
+
+    Raises ValueError for other labels, or if there is nothing of one class. Source: section 6.2.
+    """
+    check_labels(df["Label"], LABELS, "balance first, turn labels into numbers after it")
+    ham, spam = (df[df["Label"] == label] for label in LABELS)
+    size = min(len(ham), len(spam))
+    if size == 0:
+        raise ValueError(f"{len(ham)} ham and {len(spam)} spam messages: both kinds are needed")
+    spam = spam if len(spam) == size else spam.sample(size, random_state=123)
+    return pd.concat([ham.sample(size, random_state=123), spam])
+
+
+def random_split(df, train_frac, validation_frac):
+    """Shuffle (random_state 123) and cut: DataFrames of training, validation and, the rest, test rows.
+
+    Raises ValueError if a fraction is negative or both sum to more than 1. Source: section 6.2.
+    """
+    if min(train_frac, validation_frac) < 0 or train_frac + validation_frac > 1:
+        raise ValueError(
+            f"fractions {train_frac} and {validation_frac}: they must not be "
+            "negative and must leave, with a sum up to 1, the rest for the test"
+        )
+    df = df.sample(frac=1, random_state=123).reset_index(drop=True)
+    train_end = int(len(df) * train_frac)
+    validation_end = train_end + int(len(df) * validation_frac)
+    return df[:train_end], df[train_end:validation_end], df[validation_end:]
+
+
+# 6.3 Data loaders
+
+
+def encode_message(text, tokenizer):
+    """Return the token ids of one message, as a list; ValueError if there is no text.
+
+    The name of a special token, such as <|endoftext|>, is read as plain text.
+    """
+    if not text.strip():
+        raise ValueError("a message without text cannot be classified: leave it out")
+    return tokenizer.encode(text, disallowed_special=())
+
+
+def cut_or_pad(token_ids, length, pad_token_id=50256):
+    """Return exactly `length` ids: the first ones, or all and `pad_token_id` to the right."""
+    return token_ids[:length] + [pad_token_id] * (length - len(token_ids))
+
+
+class SpamDataset(Dataset):
+    """Messages of a CSV file with the columns Label (0 ham, 1 spam) and Text, as equally long token ids.
+
+    `csv_file` is a path or an open file. `max_length` None takes the longest message's; otherwise
+    longer messages are cut to their first tokens. It must not exceed the model's context.
+    Item: (ids (max_length,), label ()), both int64. Raises ValueError for missing columns, other
+    labels, messages without text (by row, the first is 0), no messages, max_length below 1.
+    Source: section 6.3, listing E.2.
+    """
+
+    def __init__(self, csv_file, tokenizer, max_length=None, pad_token_id=50256):
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1 token, not {max_length}")
+        self.data = read_labelled_csv(csv_file)
+        encoded = [encode_message(text, tokenizer) for text in self.data["Text"]]
+        self.max_length = max_length or max(map(len, encoded))
+        self.input_ids = torch.tensor(
+            [cut_or_pad(ids, self.max_length, pad_token_id) for ids in encoded]
+        )
+        self.labels = torch.tensor(self.data["Label"].tolist())
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.input_ids[index], self.labels[index]
+
+
+def read_labelled_csv(csv_file):
+    """Return the DataFrame (Label 0 or 1, Text not empty) of a CSV file, or raise ValueError."""
+    try:
+        df = pd.read_csv(csv_file, dtype=str, keep_default_na=False)
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"{csv_file} is empty: write the split with to_csv first") from None
+    missing = [name for name in ("Label", "Text") if name not in df.columns]
+    if missing:
+        raise ValueError(f"{csv_file} has no column {' or '.join(missing)}, only {list(df.columns)}")
+    check_labels(df["Label"], ("0", "1"), 'turn words into numbers first, .map({"ham": 0, "spam": 1})')
+    empty = df.index[df["Text"].str.strip() == ""].tolist()
+    if empty or df.empty:
+        what = f"no text in rows {empty[:3]}" if empty else "no messages"
+        raise ValueError(f"{csv_file} has {what}: drop such rows and write it again")
+    return df.assign(Label=df["Label"].astype(int))
+
+
+# 6.5 A classification head
+
+
+def add_classification_head(model, num_classes=2):
+    """Replace `model.out_head`, in place, by a new linear layer from its width to `num_classes`."""
+    weight = model.tok_emb.weight
+    model.out_head = nn.Linear(weight.shape[1], num_classes).to(weight)
+    return model
+
+
+def unfreeze_last_block(model):
+    """Leave, in place, only the last block, the final norm and the output head trainable."""
+    model.requires_grad_(False)
+    for part in (model.trf_blocks[-1], model.final_norm, model.out_head):
+        part.requires_grad_(True)
+    return model
+
+
+# 6.6 Loss and accuracy
+
+
+def calc_accuracy_loader(data_loader, model, device, num_batches=None):
+    """Share of right answers in the first `num_batches` batches (None: all); NaN for an empty loader.
+
+    The class is the largest logit of the last token. Leaves `model` in eval mode. Source: section 6.6.
+    """
+    model.eval()
+    correct, examples = 0, 0
+    num_batches = num_batches or len(data_loader)
+    for input_batch, target_batch in islice(data_loader, num_batches):
+        with torch.no_grad():
+            logits = model(input_batch.to(device))[:, -1, :]  # (B, C)
+        correct += (logits.argmax(dim=-1) == target_batch.to(device)).sum().item()
+        examples += len(target_batch)
+    return correct / examples if examples else float("nan")
+
+
+def calc_loss_batch(input_batch, target_batch, model, device):
+    """Mean cross-entropy of the last token's logits, inputs (B, T), targets (B,): a tensor with gradient."""
+    logits = model(input_batch.to(device))[:, -1, :]  # (B, C)
+    return nn.functional.cross_entropy(logits, target_batch.to(device))
+
+
+def calc_loss_loader(data_loader, model, device, num_batches=None):
+    """Mean of `calc_loss_batch` over the first `num_batches` batches (None: all)."""
+    return ch05.calc_loss_loader(
+        data_loader, model, device, num_batches, calc_loss_batch
+    )
+
+
+def evaluate_model(model, train_loader, val_loader, device, eval_iter):
+    """Return the mean training and validation loss over `eval_iter` batches each, without dropout."""
+    return ch05.evaluate_model(
+        model, train_loader, val_loader, device, eval_iter, calc_loss_batch
+    )
+
+
+# 6.7 Fine-tuning
+
+
+def train_classifier_simple(
+    model, train_loader, val_loader, optimizer, device, num_epochs,
+    eval_freq, eval_iter, tokenizer=None, progress=True,
+):
+    """Train the classifier; print losses every `eval_freq` steps and accuracies every epoch.
+
+    Losses and accuracies are of `eval_iter` batches. `tokenizer` is accepted for listing E.7 and not
+    used. `progress=False` (or the variable TQDM_DISABLE=1) hides the bar. Returns (train_losses,
+    val_losses, train_accs, val_accs, examples_seen), the last a number. Source: section 6.7.
+    """
+    train_losses, val_losses, train_accs, val_accs = [], [], [], []
+    examples_seen, global_step = 0, -1
+    for epoch in range(num_epochs):
+        model.train()
+        bar = tqdm(train_loader, f"epoch {epoch + 1}", disable=not progress, leave=False)
+        for input_batch, target_batch in bar:
+            optimizer.zero_grad()
+            loss = calc_loss_batch(input_batch, target_batch, model, device)
+            loss.backward()
+            optimizer.step()
+            examples_seen += len(input_batch)
+            global_step += 1
+            if global_step % eval_freq == 0:
+                train_loss, val_loss = evaluate_model(
+                    model, train_loader, val_loader, device, eval_iter
+                )
+                train_losses.append(train_loss)
+                val_losses.append(val_loss)
+                tqdm.write(
+                    f"Ep {epoch + 1} (Step {global_step:06d}): "
+                    f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}"
+                )
+        train_accs.append(calc_accuracy_loader(train_loader, model, device, eval_iter))
+        val_accs.append(calc_accuracy_loader(val_loader, model, device, eval_iter))
+        tqdm.write(
+            f"Training accuracy: {train_accs[-1]:.2%} | "
+            f"Validation accuracy: {val_accs[-1]:.2%}"
+        )
+    return train_losses, val_losses, train_accs, val_accs, examples_seen
+
+
+def plot_values(
+    epochs_seen, examples_seen, train_values, val_values, label="loss", save_as=None
+):
+    """Return a Figure of both curves over epochs (below) and examples (above); save it where asked."""
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    ax.plot(epochs_seen, train_values, label=f"training {label}")
+    ax.plot(epochs_seen, val_values, linestyle="-.", label=f"validation {label}")
+    ax.set(xlabel="epochs", ylabel=label)
+    ax.legend()
+    examples_axis = ax.twiny()
+    examples_axis.plot(examples_seen, train_values, alpha=0)  # only to scale the axis
+    examples_axis.set_xlabel("examples seen")
+    if save_as:
+        fig.savefig(save_as)
+    plt.close(fig)  # a notebook shows the returned figure, once
+    return fig
+
+
+# 6.8 Using the classifier
+
+
+def classify_review(
+    text, model, tokenizer, device, max_length=None, pad_token_id=50256
+):
+    """Return "spam" or "not spam" for one text, read at the last position as in training.
+
+    The text is cut to `max_length` or the model's context, the smaller, and padded to `max_length`
+    (the training's); None pads nothing. Raises ValueError for an empty text. Source: section 6.8.
+    """
+    model.eval()
+    context_length = model.pos_emb.weight.shape[0]
+    input_ids = encode_message(text, tokenizer)
+    length = min(max_length or len(input_ids), context_length)
+    input_ids = cut_or_pad(input_ids, length, pad_token_id)
+    with torch.no_grad():
+        logits = model(torch.tensor([input_ids], device=device))[:, -1, :]
+    return "spam" if logits.argmax(dim=-1).item() == 1 else "not spam"
+
+
+def save_classifier(path, model, config, max_length):
+    """Write the classifier with its `config` and the `max_length` that its messages were padded to.
+
+    Raises ValueError for a language model or a model whose LoRA layers are not merged.
+    """
+    if "out_head.bias" not in model.state_dict():
+        raise ValueError(
+            "out_head is not a plain classification head: call "
+            "add_classification_head, or merge the LoRA layers first"
+        )
+    ch05.save_checkpoint(path, model, config, max_length=max_length)
+
+
+def load_classifier(path, device="cpu"):
+    """Return (model, max_length) that `save_classifier` wrote, in eval mode on `device`.
+
+    Raises FileNotFoundError if there is none, ValueError for a foreign file or a language model.
+    """
+    checkpoint = ch05.read_checkpoint(path, device)
+    if "max_length" not in checkpoint:
+        raise ValueError(f"{path} is no classifier: read it with ch05.load_checkpoint")
+    state = checkpoint["model"]
+    model = GPTModel(checkpoint["config"])
+    add_classification_head(model, num_classes=len(state["out_head.bias"]))
+    model.load_state_dict(state)
+    return model.to(device).eval(), checkpoint["max_length"]
