@@ -1,0 +1,319 @@
+"""The classifier's training and evaluation as fast as the machine allows, with the same weights.
+
+The printed loop pads every message to 120 tokens and reads the answer off a padding token. Here the
+real tokens of a batch are laid end to end, attention alone sees them message by message, and the
+answer is read at the last real token, which no padding can change. The model is chapter 4's, adapted
+by appendix E or not; only the order of computing differs.
+Shapes in comments: B messages, T the longest one's tokens, N the batch's real tokens, D width.
+"""
+
+import ctypes
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy, layer_norm, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+
+from ch04 import MultiHeadAttention
+from fast_lora import adapted_linear
+
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class FastSettings:
+    """How `fit` and `predict` run. `precision` "auto" asks the hardware; see `choose_precision`.
+
+    `accumulate` batches make one optimizer step. `max_tokens` bounds the tokens computed at once:
+    a longer batch is split, with the same gradient and less memory.
+    """
+
+    epochs: int = 5
+    batch_size: int = 8
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.1
+    seed: int = 123
+    precision: str = "auto"
+    fused_attention: bool = True
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    accumulate: int = 1
+    eval_batch_size: int = 64
+    max_tokens: int = 4096
+    progress: bool = True
+
+
+@dataclass
+class History:
+    """Mean loss of every step, validation accuracy (0 to 1) of every epoch, seconds, share spent on data."""
+
+    losses: list = field(default_factory=list)
+    accuracies: list = field(default_factory=list)
+    seconds: float = 0.0
+    data_share: float = 0.0
+
+
+# Messages to batches
+
+
+def encode_messages(texts, tokenizer, max_tokens):
+    """Return the token ids of every text, int32 arrays cut to `max_tokens`.
+
+    Raises ValueError for a text without tokens: there is no last token to read.
+    """
+    encoded = [np.array(tokenizer.encode(text)[:max_tokens], dtype=np.int32) for text in texts]
+    for number, ids in enumerate(encoded):
+        if len(ids) == 0:
+            raise ValueError(f"message {number} is empty: drop it, there is nothing to classify")
+    return encoded
+
+
+def length_batches(lengths, batch_size, seed, pool=16):
+    """Return index arrays that cover `lengths` once, messages of similar length together.
+
+    The messages are shuffled, cut into pools of `pool` batches, sorted by length within each pool, and
+    the batches shuffled again: who meets whom, and when, changes with `seed`.
+    """
+    rng = np.random.default_rng(seed)
+    order, lengths = rng.permutation(len(lengths)), np.asarray(lengths)
+    size = pool * batch_size
+    pools = [order[start : start + size] for start in range(0, len(order), size)]
+    pools = [indices[np.argsort(lengths[indices], kind="stable")] for indices in pools]
+    batches = [p[start : start + batch_size] for p in pools for start in range(0, len(p), batch_size)]
+    return [batches[number] for number in rng.permutation(len(batches))]
+
+
+def padded(encoded, indices, device):
+    """Return ids (B, T), right-padded with 0, and lengths (B,), of the chosen messages."""
+    lengths = np.array([len(encoded[index]) for index in indices])
+    ids = np.zeros((len(indices), lengths.max()), dtype=np.int64)
+    for row, index in zip(ids, indices):
+        row[: len(encoded[index])] = encoded[index]
+    return torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)
+
+
+# The model on real tokens only
+
+
+class Packing:
+    """Where the real tokens of a right-padded batch stand once they are laid end to end."""
+
+    def __init__(self, lengths, width):
+        columns = torch.arange(width, device=lengths.device)
+        self.real = columns < lengths[:, None]  # (B, T)
+        self.shape = self.real.shape
+        self.index = self.real.flatten().nonzero().squeeze(1)  # (N,)
+        self.positions = self.index % width
+        self.last = lengths.cumsum(0) - 1  # (B,) the last real tokens' places
+        self.full = len(self.index) == self.real.numel()
+
+    def pack(self, x):
+        """(B, T, …) to (N, …)"""
+        x = x.flatten(0, 1)
+        return x if self.full else x.index_select(0, self.index)
+
+    def unpack(self, x):
+        """(N, D) to (B, T, D), zeros in the padding"""
+        if not self.full:
+            x = x.new_zeros(self.real.numel(), x.shape[1]).index_copy(0, self.index, x)
+        return x.view(*self.shape, -1)
+
+
+def normalise(norm, x):
+    return layer_norm(x, norm.scale.shape, norm.scale, norm.shift, norm.eps)
+
+
+def attention(att, x, packing):
+    """Chapter 4's attention: x (N, D) to (N, D)."""
+    queries, keys, values = (
+        att.split_heads(packing.unpack(adapted_linear(layer, x)))
+        for layer in (att.W_query, att.W_key, att.W_value)
+    )
+    attend = att.attend_fused if att.fused else att.attend
+    context = attend(queries, keys, values).transpose(1, 2)  # (B, T, nh, hd)
+    return adapted_linear(att.out_proj, packing.pack(context).reshape(len(x), att.d_out))
+
+
+def last_attention(att, x, packing):
+    """The same at the last real tokens alone, which need everyone's keys and values: (N, D) to (B, D)."""
+    last = x[packing.last]
+    queries = att.split_heads(adapted_linear(att.W_query, last).unsqueeze(1))  # (B, nh, 1, hd)
+    keys, values = (
+        att.split_heads(packing.unpack(adapted_linear(layer, x))) for layer in (att.W_key, att.W_value)
+    )
+    context = scaled_dot_product_attention(
+        queries, keys, values, attn_mask=packing.real[:, None, None, :],
+        dropout_p=att.dropout.p if att.training else 0.0,
+    )
+    return adapted_linear(att.out_proj, context.reshape(len(last), att.d_out))
+
+
+def block_output(block, x, packing, last_only=False):
+    """A transformer block on packed tokens: (N, D) to (N, D), or to (B, D) at the last real tokens."""
+    attend = last_attention if last_only else attention
+    context = attend(block.att, normalise(block.norm1, x), packing)
+    x = (x[packing.last] if last_only else x) + block.drop_resid(context)
+    up, gelu, down = block.ff.layers
+    hidden = gelu(adapted_linear(up, normalise(block.norm2, x)))
+    return x + block.drop_resid(adapted_linear(down, hidden))
+
+
+def last_token_logits(model, ids, lengths, checkpointing=False):
+    """Logits (B, classes) at each message's last real token, from right-padded ids (B, T)."""
+    packing = Packing(lengths, ids.shape[1])
+    x = model.tok_emb(packing.pack(ids)) + model.pos_emb(packing.positions)
+    x = model.drop_emb(x)  # (N, D)
+    last_block = model.trf_blocks[-1]
+    for block in model.trf_blocks:
+        args = (block, x, packing, block is last_block)
+        x = checkpoint(block_output, *args, use_reentrant=False) if checkpointing else block_output(*args)
+    return adapted_linear(model.out_head, normalise(model.final_norm, x))
+
+
+# Precision and memory
+
+
+def choose_precision(device, wanted="auto"):
+    """Return "float32", "bf16" or "fp16": `wanted`, or what `device` computes fastest without harm.
+
+    bf16 where the processor has instructions for it (without, a product is 50 to 100 times slower than
+    in float32), fp16 on older CUDA cards, float32 elsewhere. Raises ValueError for another name.
+    """
+    if wanted != "auto":
+        if wanted not in PRECISIONS:
+            raise ValueError(f"precision must be auto, {', '.join(PRECISIONS)}, not {wanted!r}")
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    if device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes):
+        return "bf16"
+    return "float32"
+
+
+def autocast(device, precision):
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, PRECISIONS[precision])
+
+
+def keep_freed_memory():
+    """Let glibc keep freed buffers for the next step instead of mapping new pages: True if it agreed.
+
+    Elsewhere than on Linux with glibc nothing happens. Holds for the whole process.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    return bool(mallopt and mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def prepare(model, settings, device):
+    """Move the model to `device`, choose its attention, store frozen weights in the chosen precision."""
+    dtype = PRECISIONS[choose_precision(device, settings.precision)]
+    model.to(device)
+    for module in model.modules():
+        if isinstance(module, MultiHeadAttention):
+            module.fused = settings.fused_attention
+        frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        if frozen and isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            module.to(dtype)
+    return model
+
+
+# Training and prediction
+
+
+def fit(model, train, validation, settings, device):
+    """Train what requires a gradient with AdamW on `train`, a pair (encoded messages, labels).
+
+    `model` comes from `prepare`. The validation pair is classified after every epoch. Returns a `History`.
+    """
+    keep_freed_memory()
+    torch.manual_seed(settings.seed)
+    start, history = time.perf_counter(), History()
+    run = TrainingRun(model, settings, device, history)
+    bar = tqdm(range(settings.epochs), "epochs", disable=not settings.progress, leave=False)
+    for epoch in bar:
+        run.epoch(*train, seed=settings.seed + epoch)
+        encoded, labels = validation
+        guesses = predict(model, encoded, device, settings).argmax(dim=1)
+        history.accuracies.append((guesses == torch.as_tensor(labels)).float().mean().item())
+        bar.set_postfix(loss=f"{history.losses[-1]:.3f}", accuracy=f"{history.accuracies[-1]:.1%}")
+    history.seconds = time.perf_counter() - start
+    history.data_share = run.data_seconds / history.seconds
+    return history
+
+
+class TrainingRun:
+    """The optimizer and scaler of one `fit`, and its passes over the data."""
+
+    def __init__(self, model, settings, device, history):
+        self.model, self.settings, self.device, self.history = model, settings, device, history
+        self.precision = choose_precision(device, settings.precision)
+        self.forward = compiled(last_token_logits) if settings.compile else last_token_logits
+        self.optimizer = torch.optim.AdamW(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=settings.learning_rate, weight_decay=settings.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.data_seconds = 0.0
+
+    def epoch(self, encoded, labels, seed):
+        self.model.train()
+        labels = torch.as_tensor(labels)
+        batches = length_batches([len(ids) for ids in encoded], self.settings.batch_size, seed)
+        for start in range(0, len(batches), self.settings.accumulate):
+            self.step(encoded, labels, batches[start : start + self.settings.accumulate])
+
+    def step(self, encoded, labels, batches):
+        """One optimizer step on the mean loss of the messages in `batches`."""
+        count, total = sum(len(indices) for indices in batches), 0.0
+        for indices in (part for batch in batches for part in self.split(encoded, batch)):
+            began = time.perf_counter()
+            ids, lengths = padded(encoded, indices, self.device)
+            targets = labels[indices].to(self.device)
+            self.data_seconds += time.perf_counter() - began
+            total = total + self.backward(ids, lengths, targets, count)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.history.losses.append(float(total))
+
+    def split(self, encoded, indices):
+        """Cut a batch into parts of at most `max_tokens` tokens (or one message)."""
+        tokens = sum(len(encoded[index]) for index in indices)
+        return np.array_split(indices, min(len(indices), -(-tokens // self.settings.max_tokens)))
+
+    def backward(self, ids, lengths, targets, count):
+        with autocast(self.device, self.precision):
+            logits = self.forward(self.model, ids, lengths, self.settings.gradient_checkpointing)
+        loss = cross_entropy(logits.float(), targets, reduction="sum") / count
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+
+def compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
+def predict(model, encoded, device, settings=FastSettings()):
+    """Logits (N messages, classes), float32 on the CPU, at each message's last token; order kept."""
+    precision = choose_precision(device, settings.precision)
+    order = np.argsort([-len(ids) for ids in encoded], kind="stable")  # the longest first
+    batches = [order[i : i + settings.eval_batch_size] for i in range(0, len(order), settings.eval_batch_size)]
+    was_training, results = model.training, []
+    model.eval()
+    with torch.inference_mode(), autocast(device, precision):
+        for indices in batches:
+            logits = last_token_logits(model, *padded(encoded, indices, device))
+            results.append(logits.float().cpu())
+    model.train(was_training)
+    return torch.cat(results)[np.argsort(order)]
