@@ -49,8 +49,16 @@ class GPTDatasetV1(Dataset):
 def create_dataloader_v1(
     txt, batch_size=4, max_length=256, stride=128, shuffle=True, drop_last=True, num_workers=0
 ):
-    """Return a DataLoader of (input, target) batches (batch_size, max_length) of GPT-2 token ids."""
+    """Return a DataLoader of (input, target) batches (batch_size, max_length) of GPT-2 token ids.
+
+    Raises ValueError for a text too short for one window or, with drop_last, for one batch.
+    """
     dataset = GPTDatasetV1(txt, get_tokenizer(), max_length, stride)
+    if drop_last and len(dataset) < batch_size:
+        raise ValueError(
+            f"{len(dataset)} windows make no batch of {batch_size}: "
+            "take a longer text, a smaller batch_size, or drop_last=False"
+        )
     return DataLoader(
         dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, num_workers=num_workers
     )
@@ -58,12 +66,15 @@ def create_dataloader_v1(
 
 def text_to_token_ids(text, tokenizer):
     """Return the ids of one text as a batch of one, (1, T)."""
-    return torch.tensor([tokenizer.encode(text, allowed_special={"<|endoftext|>"})])
+    token_ids = tokenizer.encode(text, allowed_special={"<|endoftext|>"})
+    return torch.tensor([token_ids], dtype=torch.long)
 
 
 def token_ids_to_text(token_ids, tokenizer):
-    """Return the text of a batch of one, (1, T), or of one sequence, (T,)."""
-    return tokenizer.decode(token_ids.squeeze(0).tolist())
+    """Return the text of a batch of one, (1, T), or of one sequence, (T,); ValueError for more rows."""
+    if token_ids.dim() > 1 and len(token_ids) != 1:
+        raise ValueError(f"{len(token_ids)} rows of token ids: pass them one at a time, as token_ids[i]")
+    return tokenizer.decode(token_ids.flatten().tolist())
 
 
 # 5.1 Evaluating text generation
@@ -76,8 +87,7 @@ def calc_loss_batch(input_batch, target_batch, model, device):
 
 
 def calc_loss_loader(data_loader, model, device, num_batches=None, loss_of_batch=calc_loss_batch):
-    """Mean loss over the first `num_batches` batches (None: all); NaN for an empty loader."""
-    num_batches = min(len(data_loader), num_batches or len(data_loader))
+    """Mean loss over the first `num_batches` batches (None: all); NaN if there is none."""
     losses = [
         loss_of_batch(inputs, targets, model, device).item()
         for inputs, targets in islice(data_loader, num_batches)
@@ -193,10 +203,13 @@ def generate(
 
     A row that has drawn `eos_id` is filled up with it; generation ends, before that token is
     appended, when every row has. `use_cache=True` gives the same tokens without reading the prompt
-    again at every step. Raises ValueError for top_k < 1 or a negative temperature. Source: section 5.3.
+    again at every step. Raises ValueError for an empty prompt, top_k < 1, context_size < 1 or a
+    negative temperature. Source: section 5.3.
     """
     if temperature < 0 or (top_k is not None and top_k < 1):
         raise ValueError(f"need temperature >= 0 and top_k >= 1, not {temperature} and {top_k}")
+    if idx.shape[1] < 1 or context_size < 1:
+        raise ValueError("need a prompt (<|endoftext|> begins a text) and context_size >= 1")
     cache = KVCache(len(model.trf_blocks), context_size) if use_cache else None
     finished = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
@@ -216,13 +229,16 @@ def generate(
 
 
 def save_checkpoint(path, model, config, optimizer=None, **settings):
-    """Write the weights with the model's `config`, and the optimizer's state and `settings` if given."""
-    checkpoint = {"format": CHECKPOINT_FORMAT, "config": config, "model": model.state_dict(), **settings}
+    """Write the weights with the model's `config`, and the optimizer's state and `settings` if given.
+
+    `settings` are plain Python values or tensors. The file at `path` is replaced only by a whole one.
+    """
+    checkpoint = {**settings, "format": CHECKPOINT_FORMAT, "config": config, "model": model.state_dict()}
     if optimizer is not None:
         checkpoint["optimizer"] = optimizer.state_dict()
     partial = Path(f"{path}.partial")
     torch.save(checkpoint, partial)
-    os.replace(partial, path)  # never half a checkpoint under the final name
+    os.replace(partial, path)
 
 
 def read_checkpoint(path, device="cpu"):
@@ -235,9 +251,10 @@ def read_checkpoint(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise ValueError(f"{path} is not a checkpoint of save_checkpoint, or is damaged") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is no checkpoint of save_checkpoint, or is damaged: {reason}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of save_checkpoint: it has no config")
+        raise ValueError(f"{path} is no checkpoint of save_checkpoint: it holds no config")
     return checkpoint
 
 
@@ -267,9 +284,10 @@ def config_from_settings(settings, drop_rate=0.0):
 
 def assign(left, right):
     """Return `right` as a new Parameter with left's dtype and device; ValueError if the shapes differ."""
-    if tuple(left.shape) != tuple(right.shape):
-        raise ValueError(f"shape mismatch: the model has {tuple(left.shape)}, the weights {tuple(right.shape)}")
-    return nn.Parameter(torch.as_tensor(right).to(left, copy=True))
+    here, there = tuple(left.shape), tuple(right.shape)
+    if here != there:
+        raise ValueError(f"shape mismatch: the model has {here}, the weights {there}")
+    return nn.Parameter(torch.empty_like(left).copy_(torch.as_tensor(right)))
 
 
 def matching_weights(gpt, params):
@@ -279,7 +297,7 @@ def matching_weights(gpt, params):
     for number, (block, weights) in enumerate(zip(gpt.trf_blocks, params["blocks"])):
         att, attn, mlp = block.att, weights["attn"], weights["mlp"]
         for kind, attribute in (("w", "weight"), ("b", "bias")):
-            thirds = np.split(attn["c_attn"][kind], 3, axis=-1)
+            thirds = np.array_split(attn["c_attn"][kind], 3, axis=-1)
             for part, linear, third in zip("qkv", (att.W_query, att.W_key, att.W_value), thirds):
                 yield f"h{number}.attn.c_attn.{kind}[{part}]", linear, attribute, third.T
             for name, linear, array in (

@@ -9,6 +9,7 @@ attn.c_attn (w: D × 3D), attn.c_proj, mlp.c_fc, mlp.c_proj, ln_1, ln_2. Both so
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,14 @@ CHECKPOINT_FILES = (
     "checkpoint", "model.ckpt.data-00000-of-00001", "model.ckpt.index", "model.ckpt.meta",
 )
 SAFETENSORS_FILE = "model.safetensors"
+LAYER_PARTS = {  # with the kinds of each: weight, bias, gain
+    "ln_1": "gb", "attn.c_attn": "wb", "attn.c_proj": "wb",
+    "ln_2": "gb", "mlp.c_fc": "wb", "mlp.c_proj": "wb",
+}
+WEIGHT_NAME = re.compile(
+    r"(transformer\.)?((wte|wpe)\.weight"
+    r"|(ln_f|h\.\d+\.(ln_1|ln_2|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))\.(weight|bias))"
+)
 
 
 def download_and_load_gpt2(model_size, models_dir, source=None):
@@ -89,12 +98,10 @@ def add_small_files(folder, model_size):
 def load_gpt2(folder, source=None):
     """Return (settings, params) from a folder in OpenAI's layout, without any network access.
 
-    Raises FileNotFoundError if hparams.json or the weights are missing, ValueError if unreadable.
+    Raises FileNotFoundError if hparams.json or the weights are missing, ValueError if they are damaged.
     """
     folder = Path(folder)
-    if not (folder / "hparams.json").exists():
-        raise FileNotFoundError(f"no hparams.json in {folder}: this is not a GPT-2 folder")
-    settings = json.loads((folder / "hparams.json").read_text(encoding="utf-8"))
+    settings = read_settings(folder / "hparams.json")
     if (source or preferred_source(folder)) == "safetensors":
         return settings, load_gpt2_params_from_safetensors(folder / SAFETENSORS_FILE, settings)
     require_tensorflow()
@@ -106,16 +113,34 @@ def load_gpt2(folder, source=None):
     return settings, load_gpt2_params_from_tf_ckpt(checkpoint, settings)
 
 
+def read_settings(path):
+    """Return hparams.json as a dictionary; FileNotFoundError or ValueError if that cannot be done."""
+    if not path.exists():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}: this is not a GPT-2 folder")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"} - settings.keys()
+    except (ValueError, AttributeError) as error:
+        raise damaged(path, error) from error
+    if missing:
+        raise damaged(path, f"it lacks {', '.join(sorted(missing))}")
+    return settings
+
+
 def load_gpt2_params_from_tf_ckpt(ckpt_path, settings):
     """Read variables such as model/h0/attn/c_attn/w from a TensorFlow checkpoint's path prefix."""
     import tensorflow as tf
 
     params = {"blocks": [{} for _ in range(settings["n_layer"])]}
-    for name, _ in tf.train.list_variables(ckpt_path):
-        if name.startswith("model/"):  # others, such as an optimizer's, are not weights
-            array = tf.train.load_variable(ckpt_path, name)
-            path = name.split("/")[1:]
-            store(params, path, array[0] if path[-1] == "w" else array)  # w has a leading 1
+    try:
+        reader = tf.train.load_checkpoint(ckpt_path)
+        names = [name for name in reader.get_variable_to_shape_map() if name.startswith("model/")]
+        arrays = {name: reader.get_tensor(name) for name in names}  # others are an optimizer's
+    except (tf.errors.OpError, RuntimeError) as error:
+        raise damaged(ckpt_path, error) from error
+    for name, array in arrays.items():
+        path = name.split("/")[1:]
+        store(params, path, array[0] if path[-1] == "w" else array)  # w has a leading 1
     return complete(params, ckpt_path)
 
 
@@ -125,38 +150,34 @@ def load_gpt2_params_from_safetensors(path, settings):
     from safetensors.numpy import load_file
 
     if not Path(path).exists():
-        raise FileNotFoundError(f"no {SAFETENSORS_FILE} in {Path(path).parent}")
+        raise FileNotFoundError(f"no {Path(path).name} in {Path(path).parent}")
     try:
         tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and fetch it again") from error
+    except (SafetensorError, TypeError) as error:  # TypeError: a dtype that NumPy does not have
+        raise damaged(path, error) from error
     params = {"blocks": [{} for _ in range(settings["n_layer"])]}
     for name, array in tensors.items():
-        path_parts = openai_path(name.removeprefix("transformer."))
-        if path_parts:
-            store(params, path_parts, array)
+        if WEIGHT_NAME.fullmatch(name):  # others: causal masks, the tied output head
+            store(params, openai_path(name), array)
     return complete(params, path)
 
 
 def openai_path(name):
-    """h.0.attn.c_attn.weight → [h0, attn, c_attn, w]; None for masks and the tied output head."""
-    parts = name.split(".")
+    """h.0.attn.c_attn.weight → [h0, attn, c_attn, w]; ln_f.bias → [ln_f, b]; wte.weight → [wte]."""
+    parts = name.removeprefix("transformer.").split(".")
     if parts[0] in ("wte", "wpe"):
         return parts[:1]
-    if parts[-2:] in (["attn", "bias"], ["attn", "masked_bias"]) or parts[0] == "lm_head":
-        return None
-    kind = {"weight": "g" if parts[-2].startswith("ln_") else "w", "bias": "b"}[parts[-1]]
-    return ([f"h{parts[1]}", *parts[2:-1]] if parts[0] == "h" else parts[:-1]) + [kind]
+    kind = "b" if parts[-1] == "bias" else "g" if parts[-2].startswith("ln_") else "w"
+    return ([f"h{parts[1]}", *parts[2:-1]] if parts[0] == "h" else parts[:1]) + [kind]
 
 
 def store(params, path, array):
     """Put `array`, as float32, at its place: [h3, mlp, c_fc, w] → params["blocks"][3]["mlp"]["c_fc"]["w"]."""
     target, (first, *rest) = params, path
-    if first.startswith("h"):
-        number = int(first[1:])
-        if number >= len(params["blocks"]):
+    if layer := re.fullmatch(r"h(\d+)", first):
+        if int(layer[1]) >= len(params["blocks"]):
             raise ValueError(f"{'/'.join(path)}: hparams.json promises {len(params['blocks'])} layers")
-        target = params["blocks"][number]
+        target = params["blocks"][int(layer[1])]
     elif first != "ln_f":
         rest = path  # wte, wpe; ln_f's g and b stand at the top
     for key in rest[:-1]:
@@ -166,16 +187,19 @@ def store(params, path, array):
 
 def complete(params, origin):
     """Return `params`, or raise ValueError naming what is missing."""
-    layers = [f"{part}.{kind}" for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-              for kind in "wb"] + [f"{part}.{kind}" for part in ("ln_1", "ln_2") for kind in "gb"]
     missing = [name for name in ("wte", "wpe", "g", "b") if name not in params]
     for number, block in enumerate(params["blocks"]):
-        for name in layers:
+        for part, kinds in LAYER_PARTS.items():
             target = block
-            for key in name.split("."):
+            for key in part.split("."):
                 target = target.get(key, {})
-            if isinstance(target, dict):
-                missing.append(f"h{number}.{name}")
+            missing += [f"h{number}.{part}.{kind}" for kind in kinds if kind not in target]
     if missing:
-        raise ValueError(f"{origin} lacks {', '.join(missing[:5])}{' …' * (len(missing) > 5)}: fetch it again")
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise damaged(origin, f"it lacks {', '.join(missing[:5])}{more}")
     return params
+
+
+def damaged(path, reason):
+    """Return the ValueError that says so and what to do."""
+    return ValueError(f"{path} is damaged or not GPT-2's ({reason}): delete it and fetch it again")
