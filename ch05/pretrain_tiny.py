@@ -20,8 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from book_assets import EMBEDDED_MODEL, get_tokenizer
 from ch04 import GPTModel, pick_device
 
 TINY_CONFIG = {
@@ -207,7 +209,7 @@ def pretrain(train, held_out, work_dir, schedule, batch_size=12, seed=123, every
             }
             recent = []
             print(json.dumps(row), flush=True)
-            with open(work_dir / "log.jsonl", "a") as log:
+            with open(work_dir / "log.jsonl", "a", encoding="utf-8") as log:
                 log.write(json.dumps(row) + "\n")
             save_checkpoint(
                 path, model=model.state_dict(), optimizer=optimizer.state_dict(),
@@ -216,23 +218,49 @@ def pretrain(train, held_out, work_dir, schedule, batch_size=12, seed=123, every
     return model
 
 
+def export(model, folder):
+    """Write the weights in half precision under GPT-2's names, with hparams.json, to `folder`."""
+    tensors = {"wte.weight": model.tok_emb.weight, "wpe.weight": model.pos_emb.weight}
+    norms = {"ln_f": model.final_norm}
+    for number, block in enumerate(model.trf_blocks):
+        att, prefix = block.att, f"h.{number}"
+        norms |= {f"{prefix}.ln_1": block.norm1, f"{prefix}.ln_2": block.norm2}
+        query_key_value = (att.W_query, att.W_key, att.W_value)
+        for name, layers in (
+            ("attn.c_attn", query_key_value), ("attn.c_proj", (att.out_proj,)),
+            ("mlp.c_fc", block.ff.layers[:1]), ("mlp.c_proj", block.ff.layers[2:]),
+        ):  # Conv1D's orientation: (in, out)
+            tensors[f"{prefix}.{name}.weight"] = torch.cat([layer.weight for layer in layers]).T
+            tensors[f"{prefix}.{name}.bias"] = torch.cat([layer.bias for layer in layers])
+    for name, norm in norms.items():
+        tensors |= {f"{name}.weight": norm.scale, f"{name}.bias": norm.shift}
+    folder.mkdir(parents=True, exist_ok=True)
+    half = {name: tensor.detach().half().contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(half, folder / "model.safetensors")
+    names = {"n_vocab": "vocab_size", "n_ctx": "context_length", "n_embd": "emb_dim",
+             "n_head": "n_heads", "n_layer": "n_layers"}
+    hparams = {name: TINY_CONFIG[ours] for name, ours in names.items()}
+    (folder / "hparams.json").write_text(json.dumps(hparams) + "\n", encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", required=True, help="folder of *.txt or *.txt.gz")
     parser.add_argument("--work-dir", type=Path, default=Path("build/gpt2-tiny"))
     parser.add_argument("--steps", type=int, default=4000, help="of 12 × 256 tokens each")
+    parser.add_argument("--export", type=Path, default=EMBEDDED_MODEL, help="folder for the finished model")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     cache = args.work_dir / "tokens.npz"
     if not cache.exists():
-        import tiktoken
-        tokenizer = tiktoken.get_encoding("gpt2")
-        train, held_out = split_and_encode(read_documents(args.corpus), tokenizer)
+        train, held_out = split_and_encode(read_documents(args.corpus), get_tokenizer())
         np.savez(cache, train=train, held_out=held_out)
     with np.load(cache) as tokens:
         train, held_out = tokens["train"], tokens["held_out"]
     print(f"{len(train):,} training tokens, {len(held_out):,} held out", flush=True)
-    pretrain(train, held_out, args.work_dir, Schedule(args.steps))
+    model = pretrain(train, held_out, args.work_dir, Schedule(args.steps))
+    export(model, args.export)
+    print(f"wrote {args.export / 'model.safetensors'}")
 
 
 if __name__ == "__main__":
