@@ -5,7 +5,6 @@ Shapes in comments: B batch, T tokens, C classes. Accuracies are fractions betwe
 """
 
 from itertools import islice
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -17,14 +16,14 @@ import ch05
 from book_assets import EMBEDDED_MESSAGES, in_cache
 from ch04 import GPTModel
 
-SPAM_URL = "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip"
 LABELS = {"ham": 0, "spam": 1}
-
 
 # 6.2 Preparing the data
 
 
-def download_and_unzip_spam_data(url, zip_path, extracted_path, data_file_path):
+def download_and_unzip_spam_data(
+    url, zip_path, extracted_path, data_file_path
+):
     """Leave the SMS Spam Collection, verified, at `data_file_path`; a good file there is used as it is.
 
     `url` is tried alone; None tries the known sources in turn. `zip_path` is where the archive goes,
@@ -32,7 +31,7 @@ def download_and_unzip_spam_data(url, zip_path, extracted_path, data_file_path):
     """
     from book_downloads import fetch_spam_data
 
-    return fetch_spam_data(url, zip_path, extracted_path, data_file_path)
+    fetch_spam_data(url, zip_path, extracted_path, data_file_path)
 
 
 def read_messages(path):
@@ -42,9 +41,12 @@ def read_messages(path):
     that is never closed swallows the lines up to the next one, so 5,574 lines give 5,572 messages.
     Raises ValueError for other labels.
     """
-    names = ["Label", "Text"]
-    df = pd.read_csv(path, sep="\t", header=None, names=names, keep_default_na=False)
-    check_labels(df["Label"], LABELS, f"{path} must hold a label, a tab and a message a line")
+    df = pd.read_csv(
+        path, sep="\t", header=None, names=["Label", "Text"],
+        keep_default_na=False,  # "NA" and "null" are messages like any other
+    )
+    remedy = f"every line of {path} must be a label, a tab and a message"
+    check_labels(df["Label"], LABELS, remedy)
     return df
 
 
@@ -53,17 +55,18 @@ def load_messages(choice):
     if choice.data == "embedded":
         return read_messages(EMBEDDED_MESSAGES)
     folder = in_cache("sms_spam_collection")
-    data_file_path = Path(folder) / "SMSSpamCollection.tsv"
-    zip_path = in_cache("sms_spam_collection.zip")
-    download_and_unzip_spam_data(None, zip_path, folder, data_file_path)
-    return read_messages(data_file_path)
+    path = folder / "SMSSpamCollection.tsv"
+    download_and_unzip_spam_data(None, f"{folder}.zip", folder, path)
+    return read_messages(path)
 
 
 def check_labels(labels, known, remedy):
     """Raise ValueError, naming the first strangers, unless every label is one of `known`."""
     strangers = labels[~labels.isin(list(known))].unique().tolist()
     if strangers:
-        raise ValueError(f"labels {strangers[:3]} are not among {list(known)}: {remedy}")
+        raise ValueError(
+            f"labels {strangers[:3]} are not among {list(known)}: {remedy}"
+        )
 
 
 def create_balanced_dataset(df):
@@ -71,11 +74,11 @@ def create_balanced_dataset(df):
 
     Raises ValueError for other labels, or if there is nothing of one class. Source: section 6.2.
     """
-    check_labels(df["Label"], LABELS, "balance first, turn labels into numbers after it")
+    check_labels(df["Label"], LABELS, "balance before mapping to numbers")
     ham, spam = (df[df["Label"] == label] for label in LABELS)
     size = min(len(ham), len(spam))
     if size == 0:
-        raise ValueError(f"{len(ham)} ham and {len(spam)} spam messages: both kinds are needed")
+        raise ValueError(f"{len(ham)} ham, {len(spam)} spam: both are needed")
     spam = spam if len(spam) == size else spam.sample(size, random_state=123)
     return pd.concat([ham.sample(size, random_state=123), spam])
 
@@ -85,10 +88,11 @@ def random_split(df, train_frac, validation_frac):
 
     Raises ValueError if a fraction is negative or both sum to more than 1. Source: section 6.2.
     """
-    if min(train_frac, validation_frac) < 0 or train_frac + validation_frac > 1:
+    fractions = (train_frac, validation_frac)
+    if min(fractions) < 0 or sum(fractions) > 1:
         raise ValueError(
-            f"fractions {train_frac} and {validation_frac}: they must not be "
-            "negative and must leave, with a sum up to 1, the rest for the test"
+            f"fractions {fractions} must not be negative, nor exceed 1 "
+            "together: what they leave is the test part"
         )
     df = df.sample(frac=1, random_state=123).reset_index(drop=True)
     train_end = int(len(df) * train_frac)
@@ -105,7 +109,7 @@ def encode_message(text, tokenizer):
     The name of a special token, such as <|endoftext|>, is read as plain text.
     """
     if not text.strip():
-        raise ValueError("a message without text cannot be classified: leave it out")
+        raise ValueError("no text: leave messages without any text out")
     return tokenizer.encode(text, disallowed_special=())
 
 
@@ -124,15 +128,17 @@ class SpamDataset(Dataset):
     Source: section 6.3, listing E.2.
     """
 
-    def __init__(self, csv_file, tokenizer, max_length=None, pad_token_id=50256):
+    def __init__(
+        self, csv_file, tokenizer, max_length=None, pad_token_id=50256
+    ):
         if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length must be at least 1 token, not {max_length}")
+            raise ValueError(f"max_length {max_length}: 1 token is the least")
         self.data = read_labelled_csv(csv_file)
-        encoded = [encode_message(text, tokenizer) for text in self.data["Text"]]
+        encoded = [encode_message(t, tokenizer) for t in self.data["Text"]]
         self.max_length = max_length or max(map(len, encoded))
-        self.input_ids = torch.tensor(
-            [cut_or_pad(ids, self.max_length, pad_token_id) for ids in encoded]
-        )
+        self.input_ids = torch.tensor([
+            cut_or_pad(ids, self.max_length, pad_token_id) for ids in encoded
+        ])
         self.labels = torch.tensor(self.data["Label"].tolist())
 
     def __len__(self):
@@ -147,15 +153,20 @@ def read_labelled_csv(csv_file):
     try:
         df = pd.read_csv(csv_file, dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:
-        raise ValueError(f"{csv_file} is empty: write the split with to_csv first") from None
-    missing = [name for name in ("Label", "Text") if name not in df.columns]
-    if missing:
-        raise ValueError(f"{csv_file} has no column {' or '.join(missing)}, only {list(df.columns)}")
-    check_labels(df["Label"], ("0", "1"), 'turn words into numbers first, .map({"ham": 0, "spam": 1})')
+        raise ValueError(
+            f"{csv_file} is empty: write the split with to_csv first"
+        ) from None
+    if not {"Label", "Text"} <= set(df.columns):
+        raise ValueError(
+            f"{csv_file} must have the columns Label and Text, "
+            f"its first line is {list(df.columns)}"
+        )
+    remedy = 'map words to numbers first, with .map({"ham": 0, "spam": 1})'
+    check_labels(df["Label"], ("0", "1"), remedy)
     empty = df.index[df["Text"].str.strip() == ""].tolist()
     if empty or df.empty:
         what = f"no text in rows {empty[:3]}" if empty else "no messages"
-        raise ValueError(f"{csv_file} has {what}: drop such rows and write it again")
+        raise ValueError(f"{csv_file} has {what}: correct and rewrite it")
     return df.assign(Label=df["Label"].astype(int))
 
 
@@ -191,7 +202,8 @@ def calc_accuracy_loader(data_loader, model, device, num_batches=None):
     for input_batch, target_batch in islice(data_loader, num_batches):
         with torch.no_grad():
             logits = model(input_batch.to(device))[:, -1, :]  # (B, C)
-        correct += (logits.argmax(dim=-1) == target_batch.to(device)).sum().item()
+        hits = logits.argmax(dim=-1) == target_batch.to(device)
+        correct += hits.sum().item()
         examples += len(target_batch)
     return correct / examples if examples else float("nan")
 
@@ -233,7 +245,8 @@ def train_classifier_simple(
     examples_seen, global_step = 0, -1
     for epoch in range(num_epochs):
         model.train()
-        bar = tqdm(train_loader, f"epoch {epoch + 1}", disable=not progress, leave=False)
+        name = f"epoch {epoch + 1}"
+        bar = tqdm(train_loader, name, disable=not progress, leave=False)
         for input_batch, target_batch in bar:
             optimizer.zero_grad()
             loss = calc_loss_batch(input_batch, target_batch, model, device)
@@ -251,29 +264,34 @@ def train_classifier_simple(
                     f"Ep {epoch + 1} (Step {global_step:06d}): "
                     f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}"
                 )
-        train_accs.append(calc_accuracy_loader(train_loader, model, device, eval_iter))
-        val_accs.append(calc_accuracy_loader(val_loader, model, device, eval_iter))
+        train_acc, val_acc = (
+            calc_accuracy_loader(loader, model, device, eval_iter)
+            for loader in (train_loader, val_loader)
+        )
+        train_accs.append(train_acc)
+        val_accs.append(val_acc)
         tqdm.write(
-            f"Training accuracy: {train_accs[-1]:.2%} | "
-            f"Validation accuracy: {val_accs[-1]:.2%}"
+            f"Training accuracy: {train_acc:.2%} | "
+            f"Validation accuracy: {val_acc:.2%}"
         )
     return train_losses, val_losses, train_accs, val_accs, examples_seen
 
 
 def plot_values(
-    epochs_seen, examples_seen, train_values, val_values, label="loss", save_as=None
+    epochs_seen, examples_seen, train_values, val_values,
+    label="loss", save_as=None,
 ):
     """Return a Figure of both curves over epochs (below) and examples (above); save it where asked."""
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
     ax.plot(epochs_seen, train_values, label=f"training {label}")
-    ax.plot(epochs_seen, val_values, linestyle="-.", label=f"validation {label}")
+    ax.plot(epochs_seen, val_values, "-.", label=f"validation {label}")
     ax.set(xlabel="epochs", ylabel=label)
     ax.legend()
-    examples_axis = ax.twiny()
-    examples_axis.plot(examples_seen, train_values, alpha=0)  # only to scale the axis
-    examples_axis.set_xlabel("examples seen")
+    upper = ax.twiny()
+    upper.plot(examples_seen, train_values, alpha=0)  # only to scale the axis
+    upper.set_xlabel("examples seen")
     if save_as:
         fig.savefig(save_as)
     plt.close(fig)  # a notebook shows the returned figure, once
@@ -321,7 +339,9 @@ def load_classifier(path, device="cpu"):
     """
     checkpoint = ch05.read_checkpoint(path, device)
     if "max_length" not in checkpoint:
-        raise ValueError(f"{path} is no classifier: read it with ch05.load_checkpoint")
+        raise ValueError(
+            f"{path} is no classifier: load it with ch05.load_checkpoint"
+        )
     state = checkpoint["model"]
     model = GPTModel(checkpoint["config"])
     add_classification_head(model, num_classes=len(state["out_head.bias"]))
