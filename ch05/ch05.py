@@ -73,7 +73,7 @@ def text_to_token_ids(text, tokenizer):
 def token_ids_to_text(token_ids, tokenizer):
     """Return the text of a batch of one, (1, T), or of one sequence, (T,); ValueError for more rows."""
     if token_ids.dim() > 1 and len(token_ids) != 1:
-        raise ValueError(f"{len(token_ids)} rows of token ids: pass them one at a time, as token_ids[i]")
+        raise ValueError(f"{len(token_ids)} texts at once: pass token_ids[i]")
     return tokenizer.decode(token_ids.flatten().tolist())
 
 
@@ -83,7 +83,8 @@ def token_ids_to_text(token_ids, tokenizer):
 def calc_loss_batch(input_batch, target_batch, model, device):
     """Mean cross-entropy of a batch, inputs and targets (B, T): a tensor with gradient."""
     logits = model(input_batch.to(device))  # (B, T, V)
-    return nn.functional.cross_entropy(logits.flatten(0, 1), target_batch.to(device).flatten())
+    targets = target_batch.to(device)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def calc_loss_loader(data_loader, model, device, num_batches=None, loss_of_batch=calc_loss_batch):
@@ -135,7 +136,7 @@ def train_model_simple(
     tokens_seen, global_step = 0, -1
     for epoch in range(num_epochs):
         model.train()
-        bar = tqdm(train_loader, f"epoch {epoch + 1}", disable=not progress, leave=False)
+        bar = tqdm(train_loader, f"epoch {epoch + 1}", leave=False) if progress else train_loader
         for input_batch, target_batch in bar:
             optimizer.zero_grad()
             loss = calc_loss_batch(input_batch, target_batch, model, device)
@@ -144,7 +145,9 @@ def train_model_simple(
             tokens_seen += input_batch.numel()
             global_step += 1
             if global_step % eval_freq == 0:
-                train_loss, val_loss = evaluate_model(model, train_loader, val_loader, device, eval_iter)
+                train_loss, val_loss = evaluate_model(
+                    model, train_loader, val_loader, device, eval_iter
+                )
                 train_losses.append(train_loss)
                 val_losses.append(val_loss)
                 track_tokens_seen.append(tokens_seen)
@@ -168,7 +171,7 @@ def plot_losses(epochs_seen, tokens_seen, train_losses, val_losses, save_as=None
     ax.legend()
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     tokens_axis = ax.twiny()
-    tokens_axis.plot(tokens_seen, train_losses, alpha=0)  # only to scale the upper axis
+    tokens_axis.plot(tokens_seen, train_losses, alpha=0)  # sets the scale
     tokens_axis.set_xlabel("tokens seen")
     if save_as:
         fig.savefig(save_as)
@@ -180,19 +183,24 @@ def plot_losses(epochs_seen, tokens_seen, train_losses, val_losses, save_as=None
 
 
 def next_token_logits(model, idx, context_size, cache=None):
-    """Logits (B, V) of the token after idx (B, T); with a cache, only unread tokens are computed."""
-    if cache is None or idx.shape[1] > context_size:  # a cropped window shifts every position
+    """Logits (B, V) of the token after idx (B, T); with a cache, only unread tokens are computed.
+
+    Past `context_size` every position shifts with the cropped window, so that the cache is of no use.
+    """
+    if cache is None or idx.shape[1] > context_size:
         return model(idx[:, -context_size:])[:, -1]
-    return model.out_head(model.features(idx[:, cache.length :], cache)[:, -1])
+    features = model.features(idx[:, cache.length :], cache)  # (B, unread, D)
+    return model.out_head(features[:, -1])
 
 
 def sample_token(logits, temperature=0.0, top_k=None):
     """Return one token id a row, (B, 1), from logits (B, V): greedy at temperature 0."""
     if top_k is not None:
-        lowest = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -torch.inf)
+        top_logits, _ = torch.topk(logits, min(top_k, logits.shape[-1]))
+        logits = logits.masked_fill(logits < top_logits[:, -1:], -torch.inf)
     if temperature > 0.0:
-        return torch.multinomial(torch.softmax(logits / temperature, dim=-1), num_samples=1)
+        probas = torch.softmax(logits / temperature, dim=-1)
+        return torch.multinomial(probas, num_samples=1)
     return logits.argmax(dim=-1, keepdim=True)
 
 
@@ -209,7 +217,10 @@ def generate(
     if temperature < 0 or (top_k is not None and top_k < 1):
         raise ValueError(f"need temperature >= 0 and top_k >= 1, not {temperature} and {top_k}")
     if idx.shape[1] < 1 or context_size < 1:
-        raise ValueError("need a prompt (<|endoftext|> begins a text) and context_size >= 1")
+        raise ValueError(
+            "need at least one token (<|endoftext|> begins a new text) "
+            f"and context_size >= 1, not {idx.shape[1]} and {context_size}"
+        )
     cache = KVCache(len(model.trf_blocks), context_size) if use_cache else None
     finished = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
@@ -250,11 +261,12 @@ def read_checkpoint(path, device="cpu"):
         raise FileNotFoundError(f"no checkpoint {path}: train first, or name the file that you saved")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is not its own
+    except Exception as error:  # torch raises many kinds for foreign files
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is no checkpoint of save_checkpoint, or is damaged: {reason}") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} is no checkpoint of save_checkpoint: it holds no config")
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path} is not from save_checkpoint: it has no config")
     return checkpoint
 
 
@@ -286,7 +298,7 @@ def assign(left, right):
     """Return `right` as a new Parameter with left's dtype and device; ValueError if the shapes differ."""
     here, there = tuple(left.shape), tuple(right.shape)
     if here != there:
-        raise ValueError(f"shape mismatch: the model has {here}, the weights {there}")
+        raise ValueError(f"the model's shape is {here}, the weights' {there}")
     return nn.Parameter(torch.empty_like(left).copy_(torch.as_tensor(right)))
 
 
@@ -294,21 +306,24 @@ def matching_weights(gpt, params):
     """Yield (name, module, attribute, array) for every parameter of `gpt`, arrays in its orientation."""
     yield "wte", gpt.tok_emb, "weight", params["wte"]
     yield "wpe", gpt.pos_emb, "weight", params["wpe"]
-    for number, (block, weights) in enumerate(zip(gpt.trf_blocks, params["blocks"])):
+    for number, weights in enumerate(params["blocks"]):
+        block, h = gpt.trf_blocks[number], f"h{number}"
         att, attn, mlp = block.att, weights["attn"], weights["mlp"]
+        query_key_value = att.W_query, att.W_key, att.W_value
         for kind, attribute in (("w", "weight"), ("b", "bias")):
             thirds = np.array_split(attn["c_attn"][kind], 3, axis=-1)
-            for part, linear, third in zip("qkv", (att.W_query, att.W_key, att.W_value), thirds):
-                yield f"h{number}.attn.c_attn.{kind}[{part}]", linear, attribute, third.T
+            for part, linear, third in zip("qkv", query_key_value, thirds):
+                name = f"{h}.attn.c_attn.{kind}[{part}]"
+                yield name, linear, attribute, third.T
             for name, linear, array in (
                 ("attn.c_proj", att.out_proj, attn["c_proj"]),
                 ("mlp.c_fc", block.ff.layers[0], mlp["c_fc"]),
                 ("mlp.c_proj", block.ff.layers[2], mlp["c_proj"]),
             ):
-                yield f"h{number}.{name}.{kind}", linear, attribute, array[kind].T
+                yield f"{h}.{name}.{kind}", linear, attribute, array[kind].T
         for name, norm in (("ln_1", block.norm1), ("ln_2", block.norm2)):
-            yield f"h{number}.{name}.g", norm, "scale", weights[name]["g"]
-            yield f"h{number}.{name}.b", norm, "shift", weights[name]["b"]
+            yield f"{h}.{name}.g", norm, "scale", weights[name]["g"]
+            yield f"{h}.{name}.b", norm, "shift", weights[name]["b"]
     yield "ln_f.g", gpt.final_norm, "scale", params["g"]
     yield "ln_f.b", gpt.final_norm, "shift", params["b"]
     yield "wte (output head)", gpt.out_head, "weight", params["wte"]
@@ -319,14 +334,16 @@ def load_weights_into_gpt(gpt, params):
 
     Raises ValueError that names the tensor whose shape differs; `gpt` is then as it was.
     """
-    if len(params["blocks"]) != len(gpt.trf_blocks):
-        raise ValueError(f"the model has {len(gpt.trf_blocks)} blocks, the weights {len(params['blocks'])}")
+    ours, theirs = len(gpt.trf_blocks), len(params["blocks"])
+    if ours != theirs:
+        raise ValueError(f"the model has {ours} blocks, the weights {theirs}")
     loaded = []
     for name, module, attribute, array in matching_weights(gpt, params):
-        if getattr(module, attribute) is None:
-            raise ValueError(f"{name}: the model has no such bias; set qkv_bias=True in its configuration")
+        left = getattr(module, attribute)
+        if left is None:
+            raise ValueError(f"{name}: the model has no bias; set qkv_bias=True")
         try:
-            loaded.append((module, attribute, assign(getattr(module, attribute), array)))
+            loaded.append((module, attribute, assign(left, array)))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     for module, attribute, parameter in loaded:
