@@ -193,7 +193,7 @@ def accuracies(model, loaders, device, num_batches=None):
     }
 
 
-def adapt(model, args):
+def put_lora_in(model, args):
     """Freeze `model`, put LoRA layers into it, and print how many parameters are trained after each step."""
     print(f"Trainable parameters: {count_parameters(model)[0]:,}", end="")
     freeze(model)
@@ -202,7 +202,7 @@ def adapt(model, args):
     print(f" → LoRA of rank {args.rank}: {count_parameters(model)[0]:,}", flush=True)
 
 
-def train(model, loaders, device, args):
+def train_with_lora(model, loaders, device, args):
     """Run listing E.7's training; return its curves by name and the seconds that it took."""
     from ch06 import train_classifier_simple
 
@@ -248,7 +248,7 @@ def describe_machine(device):
     }
 
 
-def run(choice, args):
+def run_main_job(choice, args):
     """Do the main job on the `choice` of assets; write only into args.output_dir."""
     from ch04 import pick_device
     from ch06 import add_classification_head
@@ -265,8 +265,8 @@ def run(choice, args):
     add_classification_head(model, num_classes=2).to(device)
     torch.manual_seed(args.seed)
     before = accuracies(model, loaders, device, num_batches=10)
-    adapt(model, args)
-    curves = train(model, loaders, device, args)
+    put_lora_in(model, args)
+    curves = train_with_lora(model, loaders, device, args)
     after = accuracies(model, loaders, device)
     print("", accuracy_table({"before (10 batches)": before, "after (all)": after}), "", sep="\n")
     results = {
@@ -280,7 +280,7 @@ def run(choice, args):
     print(*(f"  {path}" for path in paths), sep="\n")
 
 
-def parse_arguments(arguments=None):
+def main_job_arguments(arguments=None):
     parser = argparse.ArgumentParser(
         description="Fine-tune a GPT-2 with LoRA to tell spam from other messages (appendix E).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -307,7 +307,7 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     """The command line, see --help. What the reader can mend ends it with a message, not a traceback."""
-    args = parse_arguments(arguments)
+    args = main_job_arguments(arguments)
     os.environ["LLM_ASSETS"] = args.assets
     try:
         from book_assets import choose_assets
@@ -319,7 +319,7 @@ def main(arguments=None):
     except ValueError as error:
         sys.exit(f"--assets: {error}")
     try:
-        run(choice, args)
+        run_main_job(choice, args)
     except DownloadError as error:
         sys.exit(str(error))
 
