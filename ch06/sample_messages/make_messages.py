@@ -1,0 +1,283 @@
+"""Write the sample messages of chapter 6 from the fragments in phrases.txt.
+
+A message is two or three fragments: an opening, then a middle, a closing line, or both. Its template is its
+opening and middle: each of them is kept for one part of chapter 6's split (training, validation or test).
+Closing lines recur, but no two messages have more than one fragment in common. Write the file again with
+
+    python ch06/sample_messages/make_messages.py
+"""
+
+import argparse
+import random
+import re
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import pandas as pd
+
+from ch06 import create_balanced_dataset, random_split
+
+FOLDER = Path(__file__).resolve().parent
+PHRASES = FOLDER / "phrases.txt"
+MESSAGES = FOLDER / "SMSSpamCollection.tsv"
+SEED = 123
+COUNTS = {"ham": 690, "spam": 650}
+SHARES = {"test": 0.22, "validation": 0.13}  # of a theme's openings and middles; the rest is for training
+MAX_CHARACTERS = 220
+MAX_OVERLAP = 0.5  # Jaccard similarity of two messages' words, digits and names masked
+
+NAMES = (
+    "Aisha Alan Beth Callum Carys Chloe Dev Ella Farah Fiona George Grace Hamid Helen Imran Jess Joanne "
+    "Kofi Leo Luca Maggie Marta Megan Mina Nadia Neil Olu Owen Pippa Priya Rhys Rosa Ruth Sanjay Sean "
+    "Stella Tariq Tess Tom Wanda Wilf Yusuf Zoe"
+).split()
+MONTHS = "January February March April May June July August September October November December".split()
+WORDS = {
+    "name": NAMES,
+    "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
+    "month": MONTHS,
+    "when": "tonight|tomorrow|after work|at lunch|this weekend|on Friday|on Sunday|later".split("|"),
+    "place": "the Anchor|the market|the park|Gino's|the station cafe|the gallery|the Old Mill".split("|"),
+    "town": "Aldbrook Wexcombe Thornley Marsby Eastcliff Penhallow".split(),
+    "food": "soup|rice|chilli|lasagne|bread|cheese|jam|cake|dal|fish pie".split("|"),
+    "shop": "Brightwell|Oak and Tilly|Marlowes|Petra Home|Quayle's|The Button Shed|Larkfield".split("|"),
+    "courier": "Swiftlane|ParcelWren|Red Van Post|Doorly".split("|"),
+    "bank": "Calderbank|Northmoor Bank|Harbour Savings|Union of Wexcombe".split("|"),
+    "prize": (
+        "a new tablet|a weekend in Paris|a year of groceries|a games console|cinema tickets for two|a hamper|"
+        "the cash jackpot|a flat screen telly|a family holiday"
+    ).split("|"),
+    "n": "3 4 5 6 7 8 9 10 12 14 15 16 18 20 24 25 30 36 40 48".split(),
+    "small": "£1 £1.50 £1.99 £2.49 £2.85 £3.20 50p 75p 99p".split(),
+    "price": "£5 £8 £12 £15 £20 £25 £30 £35 £40 £60 £75 £90 £120 £149".split(),
+    "big": "£200 £350 £500 £750 £850 £1000 £1200 £2000 £2500 £4000 £5000".split(),
+    "site": "go-now my-page quick home help-online post reply-here mine all-offers track-it".split(),
+}
+# Telephone numbers come from the ranges that Ofcom keeps free for drama, addresses from the reserved domain
+# .example. In a pattern # is a digit, @ one of 0, 1, 2, and % a capital letter.
+PATTERNS = {
+    "mobile": "07700 900###",
+    "premium": "0909 8790###",
+    "free": "0808 1570###",
+    "link": "{site}.example/%##",
+    "code": "%%##",
+    "grade": "8#",
+    "age": "3#",
+    "time": "1#.@0",
+    "time2": "2@.@0",
+}
+SIGNS = {"#": "0123456789", "@": "012", "%": "ABCDEFGHJKLMNPRSTUVWXYZ"}
+SHORT = {
+    "you": "u", "your": "ur", "you're": "ur", "are": "r", "please": "pls", "tomorrow": "tmrw", "for": "4",
+    "tonight": "2nite", "to": "2", "see": "c", "thanks": "thx", "love": "luv", "and": "n", "because": "cos",
+    "be": "b", "text": "txt", "message": "msg", "weekend": "wkend", "about": "bout", "what": "wot",
+    "later": "l8r",
+}
+
+
+@dataclass(frozen=True)
+class Theme:
+    """One theme of one class: three groups of fragments and how they may be put together."""
+
+    label: str
+    name: str
+    plain: bool
+    whole: bool
+    groups: tuple
+
+
+@dataclass(frozen=True)
+class Message:
+    """A finished message, its part of the split, and the places (theme, group, line) of its fragments."""
+
+    label: str
+    part: str
+    text: str
+    places: tuple
+
+
+class Chance:
+    """Choices drawn with `random.random()` alone, whose sequence Python promises to keep between versions."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed).random
+
+    def below(self, probability):
+        return self.random() < probability
+
+    def pick(self, items):
+        return items[int(self.random() * len(items))]
+
+
+def read_themes(path=PHRASES):
+    """The themes of a phrases file, in its order; see the file's first lines for the notation."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    themes = []
+    for block in "\n".join(lines).strip().split("== ")[1:]:
+        header, _, body = block.partition("\n")
+        label, name, *flags = header.split()
+        groups = tuple(tuple(group.splitlines()) for group in body.strip().split("\n\n"))
+        if label not in COUNTS or len(groups) != 3:
+            raise ValueError(f"theme {header!r}: write ham or spam, and three groups parted by blank lines")
+        themes.append(Theme(label, name, "plain" in flags, "whole" in flags, groups))
+    return themes
+
+
+def fill_slot(slot, chance):
+    """A word of the slot's list, or its pattern with every sign drawn."""
+    if slot in WORDS:
+        return chance.pick(WORDS[slot])
+    pattern = PATTERNS[slot].replace("{site}", chance.pick(WORDS["site"]))
+    return "".join(chance.pick(SIGNS.get(sign, sign)) for sign in pattern)
+
+
+def fill_fragment(fragment, chance):
+    """Choose a wording in every [a|b] and fill every {slot}."""
+    text = re.sub(r"\[([^]]*)\]", lambda match: chance.pick(match[1].split("|")), fragment)
+    return re.sub(r"\{(\w+)\}", lambda match: fill_slot(match[1], chance), text)
+
+
+def join_fragments(parts, plain, chance):
+    """Put sentences together with the punctuation of an office (plain) or of a hurried thumb."""
+    text = parts[0]
+    for part in parts[1:]:
+        end = ". " if plain else chance.pick([". ", ". ", "! ", "... ", " - ", " "])
+        text += (" " if text[-1] in ".!?" else end) + part
+    return text + "." if re.search(r" [a-z']*[a-wyz]$", text) and chance.below(0.5) else text
+
+
+def shorten(text, chance):
+    """Write some words as in text messages, and half the time nothing in capitals."""
+    words = [SHORT[w.lower()] if w.lower() in SHORT and chance.below(0.7) else w for w in text.split(" ")]
+    text = " ".join(words)
+    return text.lower().replace("'", "") if chance.below(0.5) else text
+
+
+def masked(text):
+    """The message with digits as 0 and first names as NAME, in small letters, blanks collapsed."""
+    text = re.sub(r"\b(" + "|".join(NAMES) + r")\b", "NAME", re.sub(r"\d", "0", text), flags=re.IGNORECASE)
+    return " ".join(text.lower().split())
+
+
+def overlap(words, others):
+    """Jaccard similarity of two sets of words: how many are in both, over how many are in either."""
+    return len(words & others) / len(words | others)
+
+
+def masked_words(text):
+    """The set of words of the masked message, numbers left out."""
+    return frozenset(re.findall(r"[a-z']+", masked(text)))
+
+
+def parts_of_rows(labels):
+    """The part (training, validation, test) into which chapter 6's functions put each row of the file.
+
+    Rows that balancing leaves out count as training.
+    """
+    frame = pd.DataFrame({"Label": labels, "Row": range(len(labels))})
+    _, validation, test = random_split(create_balanced_dataset(frame), 0.7, 0.1)
+    parts = ["training"] * len(labels)
+    for name, rows in (("validation", validation["Row"]), ("test", test["Row"])):
+        for row in rows:
+            parts[row] = name
+    return parts
+
+
+def shuffled(items, chance):
+    """A new list in random order: the items sorted by a random key."""
+    return [item for _, item in sorted((chance.random(), item) for item in items)]
+
+
+def share_out(theme, chance):
+    """The part of each opening and middle: a dictionary from place (theme, group, line) to part."""
+    parts = {}
+    for group in (0, 1):
+        lines = shuffled(range(len(theme.groups[group])), chance)
+        names = [name for name, share in SHARES.items() for _ in range(round(share * len(lines)))]
+        names += ["training"] * (len(lines) - len(names))
+        parts.update(((theme.name, group, line), name) for line, name in zip(lines, names))
+    return parts
+
+
+class Writer:
+    """Draws messages and keeps those that share no pair of fragments, and few words, with any kept before."""
+
+    def __init__(self, themes, chance):
+        self.chance = chance
+        self.themes = themes
+        self.parts = {place: part for theme in themes for place, part in share_out(theme, chance).items()}
+        self.texts, self.pairs, self.words, self.uses = set(), set(), [], {}
+
+    def draw_places(self, theme, part):
+        """The fragments of a message for this part, as places (theme, group, line)."""
+        shapes = [(0, 1, 2), (0, 1, 2), (0, 1)] + ([] if theme.whole else [(0, 2), (0, 2)])
+        return tuple(self.draw_place(theme, group, part) for group in self.chance.pick(shapes))
+
+    def draw_place(self, theme, group, part):
+        """The least used of three places drawn at random."""
+        places = [(theme.name, group, line) for line in range(len(theme.groups[group]))]
+        allowed = [place for place in places if self.parts.get(place, part) == part]
+        drawn = [self.chance.pick(allowed) for _ in range(3)]
+        return min(drawn, key=lambda place: self.uses.get(place, 0))
+
+    def draw_text(self, theme, places):
+        fragments = [fill_fragment(theme.groups[group][line], self.chance) for _, group, line in places]
+        shouting = theme.label == "spam" and self.chance.below(0.08)
+        if shouting:
+            fragments[0] = fragments[0].upper()
+        text = join_fragments(fragments, theme.plain, self.chance)
+        hurried = not (shouting or theme.plain) and self.chance.below(0.35)
+        return shorten(text, self.chance) if hurried else text
+
+    def is_new(self, text):
+        words = masked_words(text)
+        return (len(text) <= MAX_CHARACTERS and masked(text) not in self.texts
+                and all(overlap(words, other) <= MAX_OVERLAP for other in self.words))
+
+    def keep(self, text, places):
+        self.texts.add(masked(text))
+        self.words.append(masked_words(text))
+        self.pairs.update(combinations(places, 2))
+        for place in places:
+            self.uses[place] = self.uses.get(place, 0) + 1
+
+    def write(self, label, part, attempts=2_000):
+        """A new message of this class for this part; RuntimeError if the fragments do not suffice."""
+        themes = [theme for theme in self.themes if theme.label == label]
+        for _ in range(attempts):
+            theme = self.chance.pick(themes)
+            places = self.draw_places(theme, part)
+            if not self.pairs.isdisjoint(combinations(places, 2)):
+                continue
+            text = self.draw_text(theme, places)
+            if self.is_new(text):
+                self.keep(text, places)
+                return Message(label, part, text, places)
+        raise RuntimeError(f"no new {label} message for the {part} part: add fragments to {PHRASES.name}")
+
+
+def make_messages(seed=SEED, counts=COUNTS):
+    """All messages in the file's order, the same list on every machine and Python version."""
+    chance = Chance(seed)
+    writer = Writer(read_themes(), chance)
+    labels = shuffled([label for label, count in counts.items() for _ in range(count)], chance)
+    return [writer.write(label, part) for label, part in zip(labels, parts_of_rows(labels))]
+
+
+def as_tsv(messages):
+    """The collection's format: one `label<TAB>text` a line."""
+    return "".join(f"{message.label}\t{message.text}\n" for message in messages)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write the sample messages of chapter 6.")
+    parser.add_argument("--output", type=Path, default=MESSAGES)
+    output = parser.parse_args().output
+    messages = make_messages()
+    output.write_bytes(as_tsv(messages).encode("utf-8"))
+    print(f"{len(messages)} messages written to {output}")
+
+
+if __name__ == "__main__":
+    main()
