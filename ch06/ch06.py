@@ -245,8 +245,9 @@ def train_classifier_simple(
     examples_seen, global_step = 0, -1
     for epoch in range(num_epochs):
         model.train()
-        name = f"epoch {epoch + 1}"
-        bar = tqdm(train_loader, name, disable=not progress, leave=False)
+        bar = train_loader
+        if progress:
+            bar = tqdm(train_loader, f"epoch {epoch + 1}", leave=False)
         for input_batch, target_batch in bar:
             optimizer.zero_grad()
             loss = calc_loss_batch(input_batch, target_batch, model, device)
