@@ -1,0 +1,47 @@
+"""Run notebooks from top to bottom and store their outputs, for whoever changes one.
+
+    python setup/execute_notebooks.py --assets model=embedded,data=book ch06/ch06.ipynb
+
+A notebook runs in its own folder, as in Jupyter. It is written only if every cell ran.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+
+def execute(path):
+    """Run the notebook at `path` in place and keep only the metadata that every machine has."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook.cells:
+        cell.metadata = {}  # times of execution
+    partial = path.with_suffix(".partial")
+    nbformat.write(notebook, partial)
+    os.replace(partial, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--assets", default="model=embedded,data=book", help="see DOWNLOADS.md")
+    args = parser.parse_args()
+    os.environ |= {"LLM_ASSETS": args.assets, "TQDM_DISABLE": "1"}
+    for path in args.notebooks:
+        start = time.perf_counter()
+        execute(path.resolve())
+        print(f"{path}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
