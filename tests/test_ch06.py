@@ -17,8 +17,10 @@ import ch06
 from book_assets import Choice
 from ch04 import GPTModel
 
-STEP_LINE = r"Ep \d+ \(Step \d{6}\): Train loss \d+\.\d{3}, Val loss \d+\.\d{3}"
-EPOCH_LINE = r"Training accuracy: \d+\.\d\d% \| Validation accuracy: \d+\.\d\d%"
+LINES = {
+    "step": r"Ep \d+ \(Step \d{6}\): Train loss \d+\.\d{3}, Val loss \d+\.\d{3}",
+    "epoch": r"Training accuracy: \d+\.\d\d% \| Validation accuracy: \d+\.\d\d%",
+}
 
 
 class Answers(nn.Module):
@@ -49,17 +51,15 @@ def frame(ham, spam):
     return pd.DataFrame(rows, columns=["Label", "Text"])
 
 
-def toy_loader(tokenizer, labels=(0, 1, 0, 1, 1), batch_size=2):
-    lines = [f"{label},{'buy now' if label else 'see you at home'} {i}" for i, label in enumerate(labels)]
-    csv = "\n".join(["Label,Text", *lines])
-    return DataLoader(ch06.SpamDataset(StringIO(csv), tokenizer), batch_size=batch_size)
+def toy_loader(tokenizer):
+    csv = "Label,Text\n0,See you at six\n1,Buy now\n0,At home\n1,Buy it\n1,Now buy two\n"
+    return DataLoader(ch06.SpamDataset(StringIO(csv), tokenizer), batch_size=2)
 
 
 def test_the_collection_has_5574_lines_that_are_read_as_5572_messages(book_data, messages):
     text = (book_data / "sms_spam_collection" / "SMSSpamCollection").read_text(encoding="utf-8")
     assert text.count("\n") == 5574
     assert messages["Label"].value_counts().to_dict() == {"ham": 4825, "spam": 747}
-    assert list(messages.columns) == ["Label", "Text"]
 
 
 def test_the_real_messages_give_the_books_splits_and_batches(messages, tokenizer, tmp_path):
@@ -161,7 +161,7 @@ def test_messages_are_padded_to_the_longest_or_cut_to_max_length(tokenizer):
     csv = "Label,Text\n0,See you at six\n1,Call now\n"
     ids = [tokenizer.encode(text) for text in ("See you at six", "Call now")]
     dataset = ch06.SpamDataset(StringIO(csv), tokenizer)
-    assert dataset.max_length == len(ids[0]) == 4
+    assert dataset.max_length == 4
     assert dataset.input_ids.tolist() == [ids[0], ids[1] + [50256] * 2]
     dataset = ch06.SpamDataset(StringIO(csv), tokenizer, max_length=3, pad_token_id=0)
     assert dataset.input_ids.tolist() == [ids[0][:3], [*ids[1], 0]]
@@ -224,8 +224,8 @@ def test_only_the_last_block_the_final_norm_and_the_head_are_trained(classifier)
 
 def test_the_loss_is_the_cross_entropy_of_the_last_tokens_logits(classifier):
     inputs, targets = torch.randint(0, 50257, (3, 7)), torch.tensor([1, 0, 1])
-    loss = ch06.calc_loss_batch(inputs, targets, classifier, "cpu")
     log_p = torch.log_softmax(classifier(inputs)[:, -1], dim=-1)
+    loss = ch06.calc_loss_batch(inputs, targets, classifier, "cpu")
     torch.testing.assert_close(loss, -log_p[torch.arange(3), targets].mean())
     assert loss.requires_grad
 
@@ -233,12 +233,11 @@ def test_the_loss_is_the_cross_entropy_of_the_last_tokens_logits(classifier):
 def test_losses_are_means_over_batches(tokenizer):
     model, loader = Answers([0.0, 2.0]), toy_loader(tokenizer)
     right, wrong = -torch.log_softmax(model.logits, dim=-1).detach().flip(0)
-    batches = [(right + wrong) / 2, (right + wrong) / 2, right]  # labels 0 1, 0 1, 1
-    expected = sum(batches).item() / 3
+    mixed = (right + wrong).item() / 2  # batches have the labels 0 1, 0 1 and 1
+    expected = (2 * mixed + right.item()) / 3
     assert ch06.calc_loss_loader(loader, model, "cpu") == pytest.approx(expected)
-    assert ch06.calc_loss_loader(loader, model, "cpu", num_batches=1) == pytest.approx(batches[0].item())
-    losses = ch06.evaluate_model(model, loader, loader, "cpu", eval_iter=3)
-    assert losses == pytest.approx((expected, expected))
+    assert ch06.calc_loss_loader(loader, model, "cpu", num_batches=1) == pytest.approx(mixed)
+    assert ch06.evaluate_model(model, loader, loader, "cpu", 3) == pytest.approx((expected, expected))
     assert model.training
 
 
@@ -263,14 +262,13 @@ def test_training_learns_prints_the_books_lines_and_returns_five_results(classif
     results = fine_tune(classifier, toy_loader(tokenizer), num_epochs=3, tokenizer=tokenizer)
     train_losses, val_losses, train_accs, val_accs, examples_seen = results
     assert len(train_losses) == len(val_losses) == 5  # at steps 0, 2, 4, 6, 8
-    assert len(train_accs) == len(val_accs) == 3
-    assert examples_seen == 3 * 5
+    assert len(train_accs) == len(val_accs) == 3 and examples_seen == 3 * 5
     assert val_losses[-1] < val_losses[0] and train_accs[-1] == 1.0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 + 3
     assert lines[0] == f"Ep 1 (Step 000000): Train loss {train_losses[0]:.3f}, Val loss {val_losses[0]:.3f}"
     assert lines[-1] == "Training accuracy: 100.00% | Validation accuracy: 100.00%"
-    assert all(re.fullmatch(STEP_LINE, line) or re.fullmatch(EPOCH_LINE, line) for line in lines)
+    order = "step step epoch step epoch step step epoch".split()
+    assert all(re.fullmatch(LINES[kind], line) for kind, line in zip(order, lines, strict=True))
 
 
 def test_the_bar_can_be_silenced_and_changes_no_result(classifier, tokenizer, capsys, monkeypatch):
@@ -330,8 +328,7 @@ def test_a_saved_classifier_comes_back_with_its_max_length(tiny_config, tmp_path
     model = ch06.add_classification_head(GPTModel(tiny_config), num_classes).eval()
     ch06.save_classifier(tmp_path / "spam.pth", model, tiny_config, max_length=48)
     loaded, max_length = ch06.load_classifier(tmp_path / "spam.pth")
-    inputs = torch.randint(0, 50257, (2, 9))
-    assert torch.equal(loaded(inputs), model(inputs))
+    assert torch.equal(loaded(torch.arange(20)[None]), model(torch.arange(20)[None]))
     assert max_length == 48 and not loaded.training
 
 
