@@ -1,54 +1,73 @@
-"""The adapted linear layer as one hand-written step of autograd.
+"""Adapted linear layers that read the same input, as one hand-written step of autograd.
 
 `LinearWithLoRA` computes x Wᵀ + b + scale · (x A) B as five operations, each with a result of its own.
 Here they are one: the low-rank part is added in place, backward computes no gradient of the frozen
-weight, and between the two only x (N, in) and x A (N, rank) are kept. The parameters stay where they are.
+weight, and in between only x (N, in) and x A (N, rank) are kept. For layers that share x (query, key
+and value) the thin products x A are one product, and so are their gradients. The parameters stay
+where they are, in the layers.
 """
 
 import torch
 from torch.nn.functional import linear
 
 
-class AdaptedLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + scale · (x A) B with W (out, in) and b frozen; x is (N, in), y (N, out).
+class AdaptedLinears(torch.autograd.Function):
+    """y_i = x W_iᵀ + b_i + s_i · (x A_i) B_i with frozen W_i (out, in) and b_i: x (N, in), y_i (N, out).
 
-    Backward, with g = ∂loss/∂y and gB = scale · g Bᵀ: ∂x = g W + gB Aᵀ, ∂A = xᵀ gB, ∂B = scale · (x A)ᵀ g.
-    Products run in W's dtype, the gradients of A and B come back in theirs.
+    Backward, with g_i = ∂loss/∂y_i and l_i = s_i · g_i B_iᵀ: ∂x = Σ g_i W_i + l_i A_iᵀ, ∂A_i = xᵀ l_i,
+    ∂B_i = s_i · (x A_i)ᵀ g_i. Products run in W's dtype; the gradients of A and B come back in theirs.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scale):
-        low = x @ A.to(x.dtype)  # (N, rank)
-        ctx.save_for_backward(x, low, weight, A, B)
-        ctx.scale = scale
-        return linear(x, weight, bias).addmm_(low, B.to(x.dtype), alpha=scale)
+    def forward(ctx, x, weights, biases, scales, *factors):
+        As, Bs = factors[: len(weights)], factors[len(weights) :]
+        A = torch.cat(As, dim=1).to(x.dtype)  # (in, sum of ranks)
+        low = x @ A  # (N, sum of ranks)
+        lows = low.split([a.shape[1] for a in As], dim=1)
+        ctx.save_for_backward(x, low, A, *weights, *factors)
+        ctx.scales = scales
+        return tuple(
+            linear(x, weight, bias).addmm_(part, B.to(x.dtype), alpha=scale)
+            for weight, bias, scale, part, B in zip(weights, biases, scales, lows, Bs)
+        )
 
     @staticmethod
-    def backward(ctx, grad):
-        x, low, weight, A, B = ctx.saved_tensors
-        grad_low = (grad @ B.to(grad.dtype).t()).mul_(ctx.scale)  # (N, rank)
-        grad_A = (x.t() @ grad_low).to(A.dtype)
-        grad_B = (low.t() @ grad).mul_(ctx.scale).to(B.dtype)
+    def backward(ctx, *grads):
+        x, low, A, *tensors = ctx.saved_tensors
+        count = len(grads)
+        weights, As, Bs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        ranks = [a.shape[1] for a in As]
+        scaled = [(g @ B.to(g.dtype).t()).mul_(s) for g, B, s in zip(grads, Bs, ctx.scales)]
+        grad_low = torch.cat(scaled, dim=1)  # (N, sum of ranks)
+        grad_As = (x.t() @ grad_low).split(ranks, dim=1)
+        grad_Bs = [(p.t() @ g).mul_(s) for p, g, s in zip(low.split(ranks, dim=1), grads, ctx.scales)]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_low, A.to(grad.dtype).t())
-        return grad_x, None, None, grad_A, grad_B, None
+            grad_x = grad_low @ A.t()
+            for grad, weight in zip(grads, weights):
+                grad_x.addmm_(grad, weight)
+        return grad_x, None, None, None, *(g.to(p.dtype) for g, p in zip((*grad_As, *grad_Bs), (*As, *Bs)))
 
 
-def lora_parts(layer):
-    """Return (linear, A, B, scale) of a `LinearWithLoRA` with a frozen weight, None for anything else."""
-    lora, inner = getattr(layer, "lora", None), getattr(layer, "linear", None)
-    if not (hasattr(lora, "A") and isinstance(inner, torch.nn.Linear)):
-        return None
-    if any(parameter.requires_grad for parameter in inner.parameters()) or any(True for _ in lora.children()):
-        return None
-    return inner, lora.A, lora.B, getattr(lora, "scale", getattr(lora, "alpha", None))
+def is_plain(layer):
+    """True for a `LinearWithLoRA` that is frozen under its adapter and drops nothing now."""
+    inner, lora = getattr(layer, "linear", None), getattr(layer, "lora", None)
+    if not isinstance(inner, torch.nn.Linear) or not hasattr(lora, "scale"):
+        return False
+    drops = layer.training and getattr(lora, "dropout", 0.0) > 0
+    return not drops and not any(parameter.requires_grad for parameter in inner.parameters())
 
 
-def adapted_linear(layer, x):
-    """Return layer(x), x (N, in) to (N, out): in one step for an adapted layer, as it is for others."""
-    parts = lora_parts(layer)
-    if parts is None or parts[3] is None:
-        return layer(x)
-    inner, A, B, scale = parts
-    return AdaptedLinear.apply(x.to(inner.weight.dtype), inner.weight, inner.bias, A, B, scale)
+def adapted_linears(layers, x):
+    """Return [layer(x) for layer in layers], x (N, in), in one step where all of them are adapted."""
+    if not all(is_plain(layer) for layer in layers):
+        return [layer(x) for layer in layers]
+    linears, adapters = [layer.linear for layer in layers], [layer.lora for layer in layers]
+    return AdaptedLinears.apply(
+        x.to(linears[0].weight.dtype),
+        [inner.weight for inner in linears],
+        [inner.bias for inner in linears],
+        [lora.scale for lora in adapters],
+        *(lora.A for lora in adapters),
+        *(lora.B for lora in adapters),
+    )

@@ -8,6 +8,7 @@ Shapes in comments: B messages, T the longest one's tokens, N the batch's real t
 """
 
 import ctypes
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from ch04 import MultiHeadAttention
-from fast_lora import adapted_linear
+from fast_lora import adapted_linears
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,8 +30,9 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 class FastSettings:
     """How `fit` and `predict` run. `precision` "auto" asks the hardware; see `choose_precision`.
 
-    `accumulate` batches make one optimizer step. `max_tokens` bounds the tokens computed at once:
-    a longer batch is split, with the same gradient and less memory.
+    `accumulate` batches make one optimizer step. `max_tokens` bounds the tokens computed at once: a
+    longer batch is split, with the same gradient and less memory; None is 512 on a CPU, whose caches
+    then hold a layer's results, and no bound elsewhere.
     """
 
     epochs: int = 5
@@ -44,7 +46,7 @@ class FastSettings:
     gradient_checkpointing: bool = False
     accumulate: int = 1
     eval_batch_size: int = 64
-    max_tokens: int = 4096
+    max_tokens: int | None = None
     progress: bool = True
 
 
@@ -66,7 +68,7 @@ def encode_messages(texts, tokenizer, max_tokens):
 
     Raises ValueError for a text without tokens: there is no last token to read.
     """
-    encoded = [np.array(tokenizer.encode(text)[:max_tokens], dtype=np.int32) for text in texts]
+    encoded = [np.array(tokenizer.encode(text, disallowed_special=())[:max_tokens], dtype=np.int32) for text in texts]
     for number, ids in enumerate(encoded):
         if len(ids) == 0:
             raise ValueError(f"message {number} is empty: drop it, there is nothing to classify")
@@ -86,6 +88,13 @@ def length_batches(lengths, batch_size, seed, pool=16):
     pools = [indices[np.argsort(lengths[indices], kind="stable")] for indices in pools]
     batches = [p[start : start + batch_size] for p in pools for start in range(0, len(p), batch_size)]
     return [batches[number] for number in rng.permutation(len(batches))]
+
+
+def split(encoded, indices, settings, device):
+    """Cut a batch into the fewest equal parts that have about `settings.max_tokens` tokens at most."""
+    bound = settings.max_tokens or (512 if device.type == "cpu" else float("inf"))
+    tokens = sum(len(encoded[index]) for index in indices)
+    return np.array_split(indices, min(len(indices), max(1, math.ceil(tokens / bound))))
 
 
 def padded(encoded, indices, device):
@@ -124,16 +133,18 @@ class Packing:
         return x.view(*self.shape, -1)
 
 
+def adapted_linear(layer, x):
+    return adapted_linears((layer,), x)[0]
+
+
 def normalise(norm, x):
     return layer_norm(x, norm.scale.shape, norm.scale, norm.shift, norm.eps)
 
 
 def attention(att, x, packing):
     """Chapter 4's attention: x (N, D) to (N, D)."""
-    queries, keys, values = (
-        att.split_heads(packing.unpack(adapted_linear(layer, x)))
-        for layer in (att.W_query, att.W_key, att.W_value)
-    )
+    products = adapted_linears((att.W_query, att.W_key, att.W_value), x)
+    queries, keys, values = (att.split_heads(packing.unpack(product)) for product in products)
     attend = att.attend_fused if att.fused else att.attend
     context = attend(queries, keys, values).transpose(1, 2)  # (B, T, nh, hd)
     return adapted_linear(att.out_proj, packing.pack(context).reshape(len(x), att.d_out))
@@ -143,9 +154,8 @@ def last_attention(att, x, packing):
     """The same at the last real tokens alone, which need everyone's keys and values: (N, D) to (B, D)."""
     last = x[packing.last]
     queries = att.split_heads(adapted_linear(att.W_query, last).unsqueeze(1))  # (B, nh, 1, hd)
-    keys, values = (
-        att.split_heads(packing.unpack(adapted_linear(layer, x))) for layer in (att.W_key, att.W_value)
-    )
+    products = adapted_linears((att.W_key, att.W_value), x)
+    keys, values = (att.split_heads(packing.unpack(product)) for product in products)
     context = scaled_dot_product_attention(
         queries, keys, values, attn_mask=packing.real[:, None, None, :],
         dropout_p=att.dropout.p if att.training else 0.0,
@@ -215,7 +225,11 @@ def keep_freed_memory():
 
 
 def prepare(model, settings, device):
-    """Move the model to `device`, choose its attention, store frozen weights in the chosen precision."""
+    """Move the model to `device`, choose its attention, store frozen weights in the chosen precision.
+
+    On a CPU weights are laid out by input: same shapes and values, and a product with one token, as in
+    generation, reads memory 1.4 times as fast. Returns the same model.
+    """
     dtype = PRECISIONS[choose_precision(device, settings.precision)]
     model.to(device)
     for module in model.modules():
@@ -224,6 +238,8 @@ def prepare(model, settings, device):
         frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         if frozen and isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
             module.to(dtype)
+        if isinstance(module, torch.nn.Linear) and device.type == "cpu":
+            module.weight.data = module.weight.data.t().contiguous().t()
     return model
 
 
@@ -276,7 +292,7 @@ class TrainingRun:
     def step(self, encoded, labels, batches):
         """One optimizer step on the mean loss of the messages in `batches`."""
         count, total = sum(len(indices) for indices in batches), 0.0
-        for indices in (part for batch in batches for part in self.split(encoded, batch)):
+        for indices in (part for batch in batches for part in split(encoded, batch, self.settings, self.device)):
             began = time.perf_counter()
             ids, lengths = padded(encoded, indices, self.device)
             targets = labels[indices].to(self.device)
@@ -286,11 +302,6 @@ class TrainingRun:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.history.losses.append(float(total))
-
-    def split(self, encoded, indices):
-        """Cut a batch into parts of at most `max_tokens` tokens (or one message)."""
-        tokens = sum(len(encoded[index]) for index in indices)
-        return np.array_split(indices, min(len(indices), -(-tokens // self.settings.max_tokens)))
 
     def backward(self, ids, lengths, targets, count):
         with autocast(self.device, self.precision):
@@ -312,7 +323,7 @@ def predict(model, encoded, device, settings=FastSettings()):
     was_training, results = model.training, []
     model.eval()
     with torch.inference_mode(), autocast(device, precision):
-        for indices in batches:
+        for indices in (part for batch in batches for part in split(encoded, batch, settings, device)):
             logits = last_token_logits(model, *padded(encoded, indices, device))
             results.append(logits.float().cpu())
     model.train(was_training)
