@@ -10,7 +10,8 @@ STORY = Path(__file__).resolve().parents[1] / "ch05" / "short-story.txt"
 
 
 def count_batches(text, tokenizer):
-    return len(DataLoader(GPTDatasetV1(text, tokenizer, max_length=256, stride=256), batch_size=2, drop_last=True))
+    windows = GPTDatasetV1(text, tokenizer, max_length=256, stride=256)
+    return len(DataLoader(windows, batch_size=2, drop_last=True))
 
 
 def test_the_story_is_plain_ascii_text():

@@ -27,33 +27,33 @@ SHARES = {"test": 0.22, "validation": 0.13}  # of a theme's openings and middles
 MAX_CHARACTERS = 220
 MAX_OVERLAP = 0.5  # Jaccard similarity of two messages' words, digits and names masked
 
-NAMES = (
-    "Aisha Alan Beth Callum Carys Chloe Dev Ella Farah Fiona George Grace Hamid Helen Imran Jess Joanne "
-    "Kofi Leo Luca Maggie Marta Megan Mina Nadia Neil Olu Owen Pippa Priya Rhys Rosa Ruth Sanjay Sean "
-    "Stella Tariq Tess Tom Wanda Wilf Yusuf Zoe"
-).split()
-MONTHS = "January February March April May June July August September October November December".split()
-WORDS = {
-    "name": NAMES,
-    "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
-    "month": MONTHS,
-    "when": "tonight|tomorrow|after work|at lunch|this weekend|on Friday|on Sunday|later".split("|"),
-    "place": "the Anchor|the market|the park|Gino's|the station cafe|the gallery|the Old Mill".split("|"),
-    "town": "Aldbrook Wexcombe Thornley Marsby Eastcliff Penhallow".split(),
-    "food": "soup|rice|chilli|lasagne|bread|cheese|jam|cake|dal|fish pie".split("|"),
-    "shop": "Brightwell|Oak and Tilly|Marlowes|Petra Home|Quayle's|The Button Shed|Larkfield".split("|"),
-    "courier": "Swiftlane|ParcelWren|Red Van Post|Doorly".split("|"),
-    "bank": "Calderbank|Northmoor Bank|Harbour Savings|Union of Wexcombe".split("|"),
+LISTS = {
+    "name": (
+        "Aisha|Alan|Beth|Callum|Carys|Chloe|Dev|Ella|Farah|Fiona|George|Grace|Hamid|Helen|Imran|Jess|Joanne|"
+        "Kofi|Leo|Luca|Maggie|Marta|Megan|Mina|Nadia|Neil|Olu|Owen|Pippa|Priya|Rhys|Rosa|Ruth|Sanjay|Sean|"
+        "Stella|Tariq|Tess|Tom|Wanda|Wilf|Yusuf|Zoe"
+    ),
+    "day": "Monday|Tuesday|Wednesday|Thursday|Friday|Saturday|Sunday",
+    "month": "January|February|March|April|May|June|July|August|September|October|November|December",
+    "when": "tonight|tomorrow|after work|at lunch|this weekend|on Friday|on Sunday|later",
+    "place": "the Anchor|the market|the park|Gino's|the station cafe|the gallery|the Old Mill",
+    "town": "Aldbrook|Wexcombe|Thornley|Marsby|Eastcliff|Penhallow",
+    "food": "soup|rice|chilli|lasagne|bread|cheese|jam|cake|dal|fish pie",
+    "shop": "Brightwell|Oak and Tilly|Marlowes|Petra Home|Quayle's|The Button Shed|Larkfield",
+    "courier": "Swiftlane|ParcelWren|Red Van Post|Doorly",
+    "bank": "Calderbank|Northmoor Bank|Harbour Savings|Union of Wexcombe",
     "prize": (
         "a new tablet|a weekend in Paris|a year of groceries|a games console|cinema tickets for two|a hamper|"
         "the cash jackpot|a flat screen telly|a family holiday"
-    ).split("|"),
-    "n": "3 4 5 6 7 8 9 10 12 14 15 16 18 20 24 25 30 36 40 48".split(),
-    "small": "£1 £1.50 £1.99 £2.49 £2.85 £3.20 50p 75p 99p".split(),
-    "price": "£5 £8 £12 £15 £20 £25 £30 £35 £40 £60 £75 £90 £120 £149".split(),
-    "big": "£200 £350 £500 £750 £850 £1000 £1200 £2000 £2500 £4000 £5000".split(),
-    "site": "go-now my-page quick home help-online post reply-here mine all-offers track-it".split(),
+    ),
+    "n": "3|4|5|6|7|8|9|10|12|14|15|16|18|20|24|25|30|36|40|48",
+    "small": "£1|£1.50|£1.99|£2.49|£2.85|£3.20|50p|75p|99p",
+    "price": "£5|£8|£12|£15|£20|£25|£30|£35|£40|£60|£75|£90|£120|£149",
+    "big": "£200|£350|£500|£750|£850|£1000|£1200|£2000|£2500|£4000|£5000",
+    "site": "go-now|my-page|quick|home|help-online|post|reply-here|mine|all-offers|track-it",
 }
+WORDS = {slot: words.split("|") for slot, words in LISTS.items()}
+NAMES = WORDS["name"]
 # Telephone numbers come from the ranges that Ofcom keeps free for drama, addresses from the reserved domain
 # .example. In a pattern # is a digit, @ one of 0, 1, 2, and % a capital letter.
 PATTERNS = {
@@ -162,7 +162,8 @@ def masked(text):
 
 def overlap(words, others):
     """Jaccard similarity of two sets of words: how many are in both, over how many are in either."""
-    return len(words & others) / len(words | others)
+    both = len(words & others)
+    return both / (len(words) + len(others) - both)
 
 
 def masked_words(text):
@@ -196,7 +197,7 @@ def share_out(theme, chance):
         lines = shuffled(range(len(theme.groups[group])), chance)
         names = [name for name, share in SHARES.items() for _ in range(round(share * len(lines)))]
         names += ["training"] * (len(lines) - len(names))
-        parts.update(((theme.name, group, line), name) for line, name in zip(lines, names))
+        parts.update(((theme.name, group, line), name) for line, name in zip(lines, names, strict=True))
     return parts
 
 
@@ -231,9 +232,13 @@ class Writer:
         return shorten(text, self.chance) if hurried else text
 
     def is_new(self, text):
+        """Whether the text is short enough and unlike every message kept so far."""
         words = masked_words(text)
-        return (len(text) <= MAX_CHARACTERS and masked(text) not in self.texts
-                and all(overlap(words, other) <= MAX_OVERLAP for other in self.words))
+        return (
+            len(text) <= MAX_CHARACTERS
+            and masked(text) not in self.texts
+            and all(overlap(words, other) <= MAX_OVERLAP for other in self.words)
+        )
 
     def keep(self, text, places):
         self.texts.add(masked(text))
@@ -262,7 +267,7 @@ def make_messages(seed=SEED, counts=COUNTS):
     chance = Chance(seed)
     writer = Writer(read_themes(), chance)
     labels = shuffled([label for label, count in counts.items() for _ in range(count)], chance)
-    return [writer.write(label, part) for label, part in zip(labels, parts_of_rows(labels))]
+    return [writer.write(label, part) for label, part in zip(labels, parts_of_rows(labels), strict=True)]
 
 
 def as_tsv(messages):
