@@ -1,0 +1,67 @@
+"""Take one member out of a zip archive that nobody vouches for."""
+
+import hashlib
+import zipfile
+import zlib
+from pathlib import PurePosixPath
+
+CHUNK = 1 << 16
+LARGEST = 100_000_000  # bytes of an archive or a member whose size is not known beforehand
+
+
+class ArchiveError(ValueError):
+    """The archive is damaged, or not what it should be."""
+
+
+def member_hash(archive, member):
+    """Return the SHA-256 of `member` in the zip file `archive`. Raises ArchiveError."""
+    digest = hashlib.sha256()
+    for chunk in read_member(archive, member):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def copy_member(archive, member, target):
+    """Write `member`, and nothing else, to the file `target`.
+
+    Raises ArchiveError if it has not the size and SHA-256 that `member` states (None: any). `target` is
+    then no file to use: give a temporary name and rename it after success.
+    """
+    digest = hashlib.sha256()
+    with open(target, "wb") as file:
+        for chunk in read_member(archive, member):
+            digest.update(chunk)
+            file.write(chunk)
+    if member.sha256 not in (None, digest.hexdigest()):
+        raise ArchiveError(f"{member.name} is not the expected file: its SHA-256 differs")
+
+
+def read_member(archive, member):
+    """Yield the member's bytes in pieces, after a look at what the archive says of itself."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            info = inspect_members(opened, member)
+            with opened.open(info) as stream:
+                while chunk := stream.read(CHUNK):
+                    yield chunk
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise ArchiveError(f"a damaged zip archive ({error})") from error
+
+
+def inspect_members(opened, member):
+    """Return the member's entry; raise ArchiveError if it is missing, too large, or a name leads outside."""
+    for name in opened.namelist():
+        if leads_outside(name):
+            raise ArchiveError(f"an archive with the member {name!r}, which leads out of its folder")
+    entries = [info for info in opened.infolist() if info.filename == member.name]
+    if len(entries) != 1:
+        raise ArchiveError(f"an archive with {len(entries)} members called {member.name}")
+    size = entries[0].file_size
+    if size > LARGEST or member.size not in (None, size):
+        raise ArchiveError(f"an archive whose {member.name} has {size:,} bytes")
+    return entries[0]
+
+
+def leads_outside(name):
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or ":" in name
