@@ -325,10 +325,11 @@ def save_classifier(path, model, config, max_length):
 
     Raises ValueError for a language model or a model whose LoRA layers are not merged.
     """
-    if "out_head.bias" not in model.state_dict():
+    names = model.state_dict().keys()
+    if "out_head.bias" not in names or any(".lora." in n for n in names):
         raise ValueError(
-            "out_head is not a plain classification head: call "
-            "add_classification_head, or merge the LoRA layers first"
+            "not a plain classifier: call add_classification_head, or merge "
+            "the LoRA layers first"
         )
     ch05.save_checkpoint(path, model, config, max_length=max_length)
 
@@ -340,9 +341,7 @@ def load_classifier(path, device="cpu"):
     """
     checkpoint = ch05.read_checkpoint(path, device)
     if "max_length" not in checkpoint:
-        raise ValueError(
-            f"{path} is no classifier: load it with ch05.load_checkpoint"
-        )
+        raise ValueError(f"{path} is no classifier: use ch05.load_checkpoint")
     state = checkpoint["model"]
     model = GPTModel(checkpoint["config"])
     add_classification_head(model, num_classes=len(state["out_head.bias"]))

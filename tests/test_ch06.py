@@ -113,9 +113,8 @@ def test_the_printed_download_call_reaches_the_one_downloader(monkeypatch):
 
 
 def test_load_messages_reads_the_data_of_the_choice_and_no_other(monkeypatch, tmp_path):
-    embedded = tmp_path / "embedded.tsv"
-    embedded.write_text("ham\tours\n", encoding="utf-8")
-    monkeypatch.setattr(ch06, "EMBEDDED_MESSAGES", embedded)
+    (tmp_path / "embedded.tsv").write_text("ham\tours\n", encoding="utf-8")
+    monkeypatch.setattr(ch06, "EMBEDDED_MESSAGES", tmp_path / "embedded.tsv")
     monkeypatch.setenv("LLM_CACHE_DIR", str(tmp_path))
 
     def fetch(url, zip_path, extracted_path, data_file_path):
@@ -331,11 +330,13 @@ def test_a_saved_classifier_comes_back_with_its_max_length(tiny_config, tmp_path
     assert max_length == 48 and not loaded.training
 
 
-def test_a_language_model_is_not_saved_or_loaded_as_a_classifier(tiny_config, tmp_path):
-    with pytest.raises(ValueError, match="not a plain classification head"):
-        ch06.save_classifier(tmp_path / "spam.pth", GPTModel(tiny_config), tiny_config, max_length=48)
+def test_only_a_plain_classifier_is_saved_and_loaded_as_one(classifier, tiny_config, tmp_path):
+    classifier.trf_blocks[0].att.W_query = nn.ModuleDict({"lora": nn.Linear(2, 2)})
+    for model in (GPTModel(tiny_config), classifier):
+        with pytest.raises(ValueError, match="add_classification_head, or merge the LoRA layers first"):
+            ch06.save_classifier(tmp_path / "spam.pth", model, tiny_config, max_length=48)
     ch05.save_checkpoint(tmp_path / "gpt.pth", GPTModel(tiny_config), tiny_config)
-    with pytest.raises(ValueError, match=r"no classifier: load it with ch05\.load_checkpoint"):
+    with pytest.raises(ValueError, match=r"no classifier: use ch05\.load_checkpoint"):
         ch06.load_classifier(tmp_path / "gpt.pth")
 
 
