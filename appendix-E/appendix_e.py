@@ -20,12 +20,24 @@ from torch import nn
 
 SCALINGS = {
     "alpha": lambda alpha, rank: alpha,  # as printed
-    "alpha/rank": lambda alpha, rank: alpha / rank,  # Hu et al. 2021, PEFT
-    "alpha/sqrt(rank)": lambda alpha, rank: alpha / math.sqrt(rank),  # Kalajdzievski 2023, rsLoRA
+    "alpha/rank": lambda alpha, rank: alpha / rank,  # Hu et al. 2021; PEFT
+    "alpha/sqrt(rank)": lambda alpha, rank: alpha / rank**0.5,  # rsLoRA, 2023
 }
 
 
 # E.4 LoRA
+
+
+def check_lora_options(rank, scaling, dropout, init):
+    """Raise ValueError, saying which values are possible, for one that is not."""
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling: one of {[*SCALINGS]}, not {scaling!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), not {dropout}")
+    if init not in ("printed", "paper"):
+        raise ValueError(f"init must be 'printed' or 'paper', not {init!r}")
 
 
 class LoRALayer(nn.Module):
@@ -38,33 +50,27 @@ class LoRALayer(nn.Module):
     """
 
     def __init__(
-        self, in_dim, out_dim, rank, alpha, *,
-        scaling="alpha", dropout=0.0, init="printed", device=None, dtype=None,
+        self, in_dim, out_dim, rank, alpha, *, scaling="alpha",
+        dropout=0.0, init="printed", device=None, dtype=None,
     ):
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, not {rank}")
-        if scaling not in SCALINGS:
-            raise ValueError(f"scaling must be one of {', '.join(SCALINGS)}, not {scaling!r}")
-        if init not in ("printed", "paper"):
-            raise ValueError(f'init must be "printed" or "paper", not {init!r}')
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {dropout}")
+        check_lora_options(rank, scaling, dropout, init)
         self.rank, self.alpha, self.scaling = rank, alpha, scaling
         self.dropout, self.init = dropout, init
         self.A = nn.Parameter(torch.empty(in_dim, rank))
         self.B = nn.Parameter(torch.zeros(rank, out_dim))
-        drawn = self.A if init == "printed" else self.A.detach().T  # the same numbers, transposed
-        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))  # bound: 1 / √(size of the last dimension)
-        self.to(device=device, dtype=dtype)  # drawn before it: the same numbers on every device
+        drawn = self.A if init == "printed" else self.A.detach().T
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))  # ±1/√(last size)
+        self.to(device=device, dtype=dtype)  # the same draw on every device
 
     @property
     def scale(self):
         return SCALINGS[self.scaling](self.alpha, self.rank)
 
     def forward(self, x):
-        dropped = nn.functional.dropout(x.to(self.A.dtype), self.dropout, self.training)
-        return (self.scale * (dropped @ self.A @ self.B)).to(x.dtype)
+        low = x.to(self.A.dtype)
+        low = nn.functional.dropout(low, self.dropout, self.training) @ self.A
+        return (self.scale * (low @ self.B)).to(x.dtype)
 
 
 class LinearWithLoRA(nn.Module):
@@ -77,14 +83,18 @@ class LinearWithLoRA(nn.Module):
 
     def __init__(self, linear, rank, alpha, **options):
         super().__init__()
-        options = {"device": linear.weight.device, "dtype": linear.weight.dtype, **options}
+        weight = linear.weight
+        options = {"device": weight.device, "dtype": weight.dtype, **options}
         self.linear = linear
-        self.lora = LoRALayer(linear.in_features, linear.out_features, rank, alpha, **options)
+        self.lora = LoRALayer(
+            linear.in_features, linear.out_features, rank, alpha, **options
+        )
         self.train(linear.training)
 
     @property
     def weight(self):
-        return self.linear.weight + self.lora.scale * (self.lora.A @ self.lora.B).T
+        lora = self.lora
+        return self.linear.weight + lora.scale * (lora.A @ lora.B).T
 
     @property
     def bias(self):
@@ -99,7 +109,9 @@ def is_linear(path, module):
     return isinstance(module, nn.Linear)
 
 
-def replace_linear_with_lora(model, rank, alpha, *, select=is_linear, **options):
+def replace_linear_with_lora(
+    model, rank, alpha, *, select=is_linear, **options
+):
     """Put a `LinearWithLoRA` in the place of every Linear layer, in place and at any depth of `model`.
 
     A layer that has LoRA already stays as it is; one that stands in two places stays one layer.
@@ -107,17 +119,20 @@ def replace_linear_with_lora(model, rank, alpha, *, select=is_linear, **options)
     Raises ValueError, before any change, if `model` is itself a Linear or has none. Source: section E.4.
     """
     if isinstance(model, nn.Linear):
-        raise ValueError("a Linear cannot replace itself: use model = LinearWithLoRA(model, rank, alpha)")
+        raise ValueError("a Linear: use LinearWithLoRA(model, rank, alpha)")
     places = []
     for path, module in model.named_modules(remove_duplicate=False):
         parent_path, _, name = path.rpartition(".")
         parent = model.get_submodule(parent_path)
         if select(path, module) and not isinstance(parent, LinearWithLoRA):
             places.append((parent, name, module))
-    if not places and not any(isinstance(module, LinearWithLoRA) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} has no Linear layer to adapt: LoRA needs at least one")
-    layers = dict.fromkeys(module for _, _, module in places)
-    layers = {linear: LinearWithLoRA(linear, rank, alpha, **options) for linear in layers}
+    adapted = any(isinstance(m, LinearWithLoRA) for m in model.modules())
+    if not places and not adapted:
+        kind = type(model).__name__
+        raise ValueError(f"{kind} has no Linear layer to adapt")
+    layers = dict.fromkeys(linear for _, _, linear in places)  # shared: once
+    for linear in layers:
+        layers[linear] = LinearWithLoRA(linear, rank, alpha, **options)
     for parent, name, linear in places:
         setattr(parent, name, layers[linear])
 
@@ -130,8 +145,9 @@ def freeze(model):
 
 def count_parameters(model):
     """Return (trainable, total) numbers of parameters; shared ones count once."""
-    counts = [(param.numel(), param.requires_grad) for param in model.parameters()]
-    return sum(n for n, trainable in counts if trainable), sum(n for n, _ in counts)
+    params = list(model.parameters())
+    trainable = sum(p.numel() for p in params if p.requires_grad)
+    return trainable, sum(p.numel() for p in params)
 
 
 # The main job: the notebook's steps in one command
@@ -183,7 +199,7 @@ def make_loaders(datasets, batch_size, seed):
     }
 
 
-def accuracies(model, loaders, device, num_batches=None):
+def accuracy_by_part(model, loaders, device, num_batches=None):
     """Return by name the accuracy, 0 to 1, on `num_batches` batches of each loader (None: all)."""
     from ch06 import calc_accuracy_loader
 
@@ -264,10 +280,10 @@ def run_main_job(choice, args):
     torch.manual_seed(args.seed)
     add_classification_head(model, num_classes=2).to(device)
     torch.manual_seed(args.seed)
-    before = accuracies(model, loaders, device, num_batches=10)
+    before = accuracy_by_part(model, loaders, device, num_batches=10)
     put_lora_in(model, args)
     curves = train_with_lora(model, loaders, device, args)
-    after = accuracies(model, loaders, device)
+    after = accuracy_by_part(model, loaders, device)
     print("", accuracy_table({"before (10 batches)": before, "after (all)": after}), "", sep="\n")
     results = {
         "assets": str(choice), "settings": {**vars(args), "output_dir": str(folder)},
