@@ -4,6 +4,8 @@
 Shapes in comments: B batch, T tokens, D embedding width, V vocabulary, nh heads, hd head width.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -19,11 +21,14 @@ GPT_CONFIG_124M = {
 
 
 def pick_device():
-    """Return the best `torch.device` here: CUDA, then Apple's MPS (torch 2.9 on), then CPU."""
+    """Return the best `torch.device` here: CUDA, then Apple's MPS, then CPU.
+
+    MPS needs torch 2.9: older versions gave unstable results.
+    """
     if torch.cuda.is_available():
         return torch.device("cuda")
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if torch.backends.mps.is_available() and version >= (2, 9):  # older ones: unstable results
+    if torch.backends.mps.is_available() and version >= (2, 9):
         return torch.device("mps")
     return torch.device("cpu")
 
@@ -59,15 +64,18 @@ class DummyGPTModel(nn.Module):
         self.tok_emb = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
         self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
         self.drop_emb = nn.Dropout(cfg["drop_rate"])
-        self.trf_blocks = nn.Sequential(*[DummyTransformerBlock(cfg) for _ in range(cfg["n_layers"])])
+        blocks = [DummyTransformerBlock(cfg) for _ in range(cfg["n_layers"])]
+        self.trf_blocks = nn.Sequential(*blocks)
         self.final_norm = DummyLayerNorm(cfg["emb_dim"])
-        self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
+        self.out_head = nn.Linear(
+            cfg["emb_dim"], cfg["vocab_size"], bias=False
+        )
 
     def forward(self, in_idx):
         positions = torch.arange(in_idx.shape[1], device=in_idx.device)
-        x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(positions))  # (B, T, D)
-        x = self.final_norm(self.trf_blocks(x))
-        return self.out_head(x)  # (B, T, V)
+        x = self.tok_emb(in_idx) + self.pos_emb(positions)  # (B, T, D)
+        x = self.trf_blocks(self.drop_emb(x))
+        return self.out_head(self.final_norm(x))  # (B, T, V)
 
 
 # 4.2 Layer normalisation
@@ -89,7 +97,8 @@ class LayerNorm(nn.Module):
     def forward(self, x):
         mean = x.mean(dim=-1, keepdim=True)
         var = x.var(dim=-1, keepdim=True, unbiased=False)
-        return self.scale * (x - mean) / torch.sqrt(var + self.eps) + self.shift
+        normalised = (x - mean) / torch.sqrt(var + self.eps)
+        return self.scale * normalised + self.shift
 
 
 # 4.3 GELU and the feed-forward network
@@ -131,7 +140,7 @@ class ExampleDeepNeuralNetwork(nn.Module):
         self.use_shortcut = use_shortcut
         self.layers = nn.ModuleList(
             nn.Sequential(nn.Linear(d_in, d_out), GELU())
-            for d_in, d_out in zip(layer_sizes, layer_sizes[1:])
+            for d_in, d_out in pairwise(layer_sizes)
         )
 
     def forward(self, x):
@@ -147,7 +156,8 @@ def print_gradients(model, x):
     nn.functional.mse_loss(output, torch.zeros_like(output)).backward()
     for name, param in model.named_parameters():
         if "weight" in name:
-            print(f"{name} has gradient mean of {param.grad.abs().mean().item()}")
+            gradient = param.grad.abs().mean().item()
+            print(f"{name} has gradient mean of {gradient}")
 
 
 # 4.5 Attention (from chapter 3) and the transformer block
@@ -163,10 +173,15 @@ class MultiHeadAttention(nn.Module):
 
     fused = False
 
-    def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
+    def __init__(
+        self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False
+    ):
         super().__init__()
         if d_out % num_heads:
-            raise ValueError(f"d_out ({d_out}) must be a multiple of num_heads ({num_heads})")
+            raise ValueError(
+                f"d_out ({d_out}) must be a multiple "
+                f"of num_heads ({num_heads})"
+            )
         self.d_out = d_out
         self.num_heads = num_heads
         self.head_dim = d_out // num_heads
@@ -175,7 +190,8 @@ class MultiHeadAttention(nn.Module):
         self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.out_proj = nn.Linear(d_out, d_out)
         self.dropout = nn.Dropout(dropout)
-        future = torch.ones(context_length, context_length, dtype=torch.bool).triu(diagonal=1)
+        square = torch.ones(context_length, context_length, dtype=torch.bool)
+        future = square.triu(diagonal=1)  # True: a later token
         self.register_buffer("mask", future, persistent=False)
 
     def forward(self, x, cache=None):
@@ -183,13 +199,15 @@ class MultiHeadAttention(nn.Module):
         keys = self.split_heads(self.W_key(x))
         values = self.split_heads(self.W_value(x))
         if cache is not None:
-            keys, values = cache.append(keys, values)  # (B, nh, earlier + T, hd)
+            keys, values = cache.append(keys, values)  # earlier ones too
         attend = self.attend_fused if self.fused else self.attend
-        context = attend(queries, keys, values).transpose(1, 2)  # (B, T, nh, hd)
-        return self.out_proj(context.reshape(*x.shape[:2], self.d_out))
+        context = attend(queries, keys, values).transpose(1, 2)
+        context = context.reshape(*x.shape[:2], self.d_out)  # (B, T, nh · hd)
+        return self.out_proj(context)
 
     def split_heads(self, x):
-        return x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+        heads = x.view(*x.shape[:2], self.num_heads, self.head_dim)
+        return heads.transpose(1, 2)  # (B, nh, T, hd)
 
     def attend(self, queries, keys, values):
         num_queries, num_keys = queries.shape[2], keys.shape[2]
@@ -202,9 +220,10 @@ class MultiHeadAttention(nn.Module):
     def attend_fused(self, queries, keys, values):
         num_queries, num_keys = queries.shape[2], keys.shape[2]
         square = num_queries == num_keys
-        past = None if square else ~self.mask[num_keys - num_queries : num_keys, :num_keys]
+        future = self.mask[num_keys - num_queries : num_keys, :num_keys]
         return nn.functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=past, is_causal=square,
+            queries, keys, values,
+            attn_mask=None if square else ~future, is_causal=square,
             dropout_p=self.dropout.p if self.training else 0.0,
         )
 
@@ -247,9 +266,12 @@ class GPTModel(nn.Module):
         self.tok_emb = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"])
         self.pos_emb = nn.Embedding(cfg["context_length"], cfg["emb_dim"])
         self.drop_emb = nn.Dropout(cfg["drop_rate"])
-        self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg["n_layers"])])
+        blocks = [TransformerBlock(cfg) for _ in range(cfg["n_layers"])]
+        self.trf_blocks = nn.Sequential(*blocks)
         self.final_norm = LayerNorm(cfg["emb_dim"])
-        self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
+        self.out_head = nn.Linear(
+            cfg["emb_dim"], cfg["vocab_size"], bias=False
+        )
 
     def forward(self, in_idx, cache=None):
         return self.out_head(self.features(in_idx, cache))  # (B, T, V)
@@ -257,9 +279,13 @@ class GPTModel(nn.Module):
     def features(self, in_idx, cache=None):
         """Return what `out_head` reads: the normalised last block's output, (B, T, D)."""
         start = 0 if cache is None else cache.length
-        end, context_length = start + in_idx.shape[1], self.pos_emb.num_embeddings
+        end = start + in_idx.shape[1]
+        context_length = self.pos_emb.num_embeddings
         if end > context_length:
-            raise ValueError(f"{end} tokens do not fit the context of {context_length}: crop the input")
+            raise ValueError(
+                f"{end} tokens do not fit the context "
+                f"of {context_length}: crop the input"
+            )
         positions = torch.arange(start, end, device=in_idx.device)
         x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(positions))
         for number, block in enumerate(self.trf_blocks):
