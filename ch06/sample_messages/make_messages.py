@@ -39,7 +39,7 @@ LISTS = {
     "place": "the Anchor|the market|the park|Gino's|the station cafe|the gallery|the Old Mill",
     "town": "Aldbrook|Wexcombe|Thornley|Marsby|Eastcliff|Penhallow",
     "food": "soup|rice|chilli|lasagne|bread|cheese|jam|cake|dal|fish pie",
-    "shop": "Brightwell|Oak and Tilly|Marlowes|Petra Home|Quayle's|The Button Shed|Larkfield",
+    "shop": "Brightwell|Oak and Tilly|Marlowes|Petra Home|Quayle's|Tinker's Loft|Larkfield",
     "courier": "Swiftlane|ParcelWren|Red Van Post|Doorly",
     "bank": "Calderbank|Northmoor Bank|Harbour Savings|Union of Wexcombe",
     "prize": (
