@@ -178,10 +178,9 @@ class Transfer:
     def append(self, chunks, offset, total):
         """Write the body behind the first `offset` bytes, never more than `total` or the limit in all."""
         limit = self.limit if total is None else total
-        hide = {} if "ipykernel" in sys.modules else {"disable": None}  # None: shown in terminals only
         with open(self.partial, "ab" if offset else "wb") as file, tqdm(
             desc=self.path.name, total=total, initial=offset, unit="B", unit_scale=True, leave=False,
-            **hide,
+            disable=not someone_watches(sys.stderr),
         ) as bar:
             for chunk in chunks:
                 offset += len(chunk)
@@ -205,6 +204,11 @@ class Transfer:
         self.origin.unlink(missing_ok=True)
 
 
+def someone_watches(stream):
+    """Return whether the stream is a terminal's or a notebook's, and not a log."""
+    return stream.isatty() or type(stream).__module__.startswith("ipykernel")
+
+
 @contextmanager
 def connect(url, headers, patience):
     """Open `url`; proxies and certificates come from the usual environment variables, by requests."""
@@ -213,10 +217,10 @@ def connect(url, headers, patience):
             url, headers=headers, stream=True, timeout=(patience.connect, patience.read)
         )
     except requests.exceptions.SSLError as error:
-        raise Rejected(f"the certificate was not accepted: {plain(error)}") from error
+        raise Rejected(f"no secure connection: {plain(error)}") from error
     except (requests.ConnectionError, requests.Timeout) as error:
         raise Broken(plain(error)) from error
-    except (requests.RequestException, ValueError) as error:
+    except (OSError, ValueError) as error:  # among them requests' own, and a missing CA bundle
         raise Rejected(plain(error)) from error
     with response:
         yield response
@@ -234,6 +238,8 @@ def arriving(response, patience):
                 if received < patience.slowest * elapsed:
                     raise Rejected(f"too slow: {received:,} bytes in {elapsed:.0f} s")
                 since, received = time.monotonic(), 0
+    except urllib3.exceptions.ProtocolError as error:
+        raise Broken(f"the connection broke off: {plain(error)}") from error
     except urllib3.exceptions.HTTPError as error:
         raise Broken(plain(error)) from error
 
