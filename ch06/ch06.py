@@ -4,6 +4,7 @@
 Shapes in comments: B batch, T tokens, C classes. Accuracies are fractions between 0 and 1.
 """
 
+import os
 from itertools import islice
 
 import pandas as pd
@@ -246,7 +247,7 @@ def train_classifier_simple(
     for epoch in range(num_epochs):
         model.train()
         bar = train_loader
-        if progress:
+        if progress and not os.environ.get("TQDM_DISABLE"):
             bar = tqdm(train_loader, f"epoch {epoch + 1}", leave=False)
         for input_batch, target_batch in bar:
             optimizer.zero_grad()
