@@ -33,7 +33,8 @@ def check_lora_options(rank, scaling, dropout, init):
     if rank < 1:
         raise ValueError(f"rank must be at least 1, not {rank}")
     if scaling not in SCALINGS:
-        raise ValueError(f"scaling: one of {[*SCALINGS]}, not {scaling!r}")
+        known = ", ".join(SCALINGS)
+        raise ValueError(f"scaling must be one of {known}, not {scaling!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), not {dropout}")
     if init not in ("printed", "paper"):
@@ -68,8 +69,8 @@ class LoRALayer(nn.Module):
         return SCALINGS[self.scaling](self.alpha, self.rank)
 
     def forward(self, x):
-        low = x.to(self.A.dtype)
-        low = nn.functional.dropout(low, self.dropout, self.training) @ self.A
+        kept = nn.functional.dropout(x, self.dropout, self.training)
+        low = kept.to(self.A.dtype) @ self.A  # (…, rank)
         return (self.scale * (low @ self.B)).to(x.dtype)
 
 
@@ -119,7 +120,10 @@ def replace_linear_with_lora(
     Raises ValueError, before any change, if `model` is itself a Linear or has none. Source: section E.4.
     """
     if isinstance(model, nn.Linear):
-        raise ValueError("a Linear: use LinearWithLoRA(model, rank, alpha)")
+        raise ValueError(
+            "a Linear cannot be replaced inside itself: "
+            "use model = LinearWithLoRA(model, rank, alpha)"
+        )
     places = []
     for path, module in model.named_modules(remove_duplicate=False):
         parent_path, _, name = path.rpartition(".")
@@ -128,8 +132,10 @@ def replace_linear_with_lora(
             places.append((parent, name, module))
     adapted = any(isinstance(m, LinearWithLoRA) for m in model.modules())
     if not places and not adapted:
-        kind = type(model).__name__
-        raise ValueError(f"{kind} has no Linear layer to adapt")
+        raise ValueError(
+            f"no Linear layer to adapt in {type(model).__name__}: "
+            "take a model that has some, or a wider select"
+        )
     layers = dict.fromkeys(linear for _, _, linear in places)  # shared: once
     for linear in layers:
         layers[linear] = LinearWithLoRA(linear, rank, alpha, **options)

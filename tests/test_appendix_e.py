@@ -216,7 +216,7 @@ def test_select_narrows_the_choice_to_paths(model):
 
 
 def test_a_model_without_linear_layers_and_a_linear_itself_are_clear_errors():
-    with pytest.raises(ValueError, match="Sequential has no Linear layer"):
+    with pytest.raises(ValueError, match="no Linear layer to adapt in Sequential"):
         replace_linear_with_lora(nn.Sequential(nn.Embedding(3, 3), nn.GELU()), 2, 2)
     with pytest.raises(ValueError, match=r"LinearWithLoRA\(model"):
         replace_linear_with_lora(nn.Linear(3, 3), 2, 2)
