@@ -312,7 +312,7 @@ def matching_weights(gpt, params):
         query_key_value = att.W_query, att.W_key, att.W_value
         for kind, attribute in (("w", "weight"), ("b", "bias")):
             thirds = np.array_split(attn["c_attn"][kind], 3, axis=-1)
-            for part, linear, third in zip("qkv", query_key_value, thirds):
+            for part, linear, third in zip("qkv", query_key_value, thirds, strict=True):
                 name = f"{h}.attn.c_attn.{kind}[{part}]"
                 yield name, linear, attribute, third.T
             for name, linear, array in (

@@ -136,7 +136,7 @@ def load_gpt2_params_from_tf_ckpt(ckpt_path, settings):
         reader = tf.train.load_checkpoint(ckpt_path)
         names = [name for name in reader.get_variable_to_shape_map() if name.startswith("model/")]
         arrays = {name: reader.get_tensor(name) for name in names}  # others are an optimizer's
-    except (tf.errors.OpError, RuntimeError) as error:
+    except (tf.errors.OpError, RuntimeError, IndexError) as error:  # IndexError: a short read
         raise damaged(ckpt_path, error) from error
     for name, array in arrays.items():
         path = name.split("/")[1:]
@@ -153,7 +153,7 @@ def load_gpt2_params_from_safetensors(path, settings):
         raise FileNotFoundError(f"no {Path(path).name} in {Path(path).parent}")
     try:
         tensors = load_file(path)
-    except (SafetensorError, TypeError) as error:  # TypeError: a dtype that NumPy does not have
+    except (SafetensorError, TypeError, KeyError) as error:  # the last two: a dtype NumPy lacks
         raise damaged(path, error) from error
     params = {"blocks": [{} for _ in range(settings["n_layer"])]}
     for name, array in tensors.items():

@@ -35,7 +35,7 @@ TINY_CONFIG = {
     "drop_rate": 0.0,
     "qkv_bias": True,
 }
-END_OF_TEXT = 50256
+END_OF_TEXT_ID = 50256
 
 
 @dataclass
@@ -80,7 +80,7 @@ def split_and_encode(documents, tokenizer, held_out=0.01, seed=123):
     ids = tokenizer.encode_ordinary_batch(pieces)
     count = max(1, round(held_out * len(ids)))
     return tuple(
-        np.array([token for piece in part for token in (*piece, END_OF_TEXT)], dtype=np.uint16)
+        np.array([token for piece in part for token in (*piece, END_OF_TEXT_ID)], dtype=np.uint16)
         for part in (ids[count:], ids[:count])
     )
 
@@ -148,7 +148,8 @@ def held_out_loss(model, tokens, device, length, batches=8, rows=8):
     losses = []
     for part in np.split(starts, batches):
         inputs, targets = (each.to(device) for each in windows(tokens, part, length))
-        for features, wanted in zip(model.features(inputs), targets):  # a row at a time: 256 × 50,257
+        rows_of_both = zip(model.features(inputs), targets, strict=True)
+        for features, wanted in rows_of_both:  # a row at a time: 256 × 50,257
             losses.append(F.cross_entropy(model.out_head(features), wanted).item())
     return sum(losses) / len(losses)
 
@@ -160,7 +161,7 @@ def make_optimizer(model):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
-def save_checkpoint(path, **state):
+def save_state(path, **state):
     torch.save(state, path.with_suffix(".partial"))
     os.replace(path.with_suffix(".partial"), path)
 
@@ -211,7 +212,7 @@ def pretrain(train, held_out, work_dir, schedule, batch_size=12, seed=123, every
             print(json.dumps(row), flush=True)
             with open(work_dir / "log.jsonl", "a", encoding="utf-8") as log:
                 log.write(json.dumps(row) + "\n")
-            save_checkpoint(
+            save_state(
                 path, model=model.state_dict(), optimizer=optimizer.state_dict(),
                 step=step, seconds=row["seconds"],
             )
