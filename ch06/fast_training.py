@@ -68,11 +68,11 @@ def encode_messages(texts, tokenizer, max_tokens):
 
     Raises ValueError for a text without tokens: there is no last token to read.
     """
-    encoded = [np.array(tokenizer.encode(text, disallowed_special=())[:max_tokens], dtype=np.int32) for text in texts]
+    encoded = [tokenizer.encode(text, disallowed_special=())[:max_tokens] for text in texts]
     for number, ids in enumerate(encoded):
         if len(ids) == 0:
             raise ValueError(f"message {number} is empty: drop it, there is nothing to classify")
-    return encoded
+    return [np.array(ids, dtype=np.int32) for ids in encoded]
 
 
 def length_batches(lengths, batch_size, seed, pool=16):
@@ -176,8 +176,8 @@ def block_output(block, x, packing, last_only=False):
 def last_token_logits(model, ids, lengths, checkpointing=False):
     """Logits (B, classes) at each message's last real token, from right-padded ids (B, T)."""
     packing = Packing(lengths, ids.shape[1])
-    x = model.tok_emb(packing.pack(ids)) + model.pos_emb(packing.positions)
-    x = model.drop_emb(x)  # (N, D)
+    x = model.tok_emb(packing.pack(ids)).float() + model.pos_emb(packing.positions).float()
+    x = model.drop_emb(x)  # (N, D), float32 from block to block in every precision
     last_block = model.trf_blocks[-1]
     for block in model.trf_blocks:
         args = (block, x, packing, block is last_block)
@@ -273,7 +273,9 @@ class TrainingRun:
     def __init__(self, model, settings, device, history):
         self.model, self.settings, self.device, self.history = model, settings, device, history
         self.precision = choose_precision(device, settings.precision)
-        self.forward = compiled(last_token_logits) if settings.compile else last_token_logits
+        self.forward = last_token_logits
+        if settings.compile:
+            self.forward = torch.compile(last_token_logits, dynamic=True)
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=settings.learning_rate, weight_decay=settings.weight_decay,
@@ -286,13 +288,17 @@ class TrainingRun:
         self.model.train()
         labels = torch.as_tensor(labels)
         batches = length_batches([len(ids) for ids in encoded], self.settings.batch_size, seed)
-        for start in range(0, len(batches), self.settings.accumulate):
-            self.step(encoded, labels, batches[start : start + self.settings.accumulate])
+        groups = range(0, len(batches), self.settings.accumulate)
+        losses = [
+            self.step(encoded, labels, batches[start : start + self.settings.accumulate]) for start in groups
+        ]
+        self.history.losses += torch.stack(losses).tolist()  # only here does a GPU have to be waited for
 
     def step(self, encoded, labels, batches):
-        """One optimizer step on the mean loss of the messages in `batches`."""
+        """One optimizer step on the mean loss of the messages in `batches`, which is returned, ()."""
         count, total = sum(len(indices) for indices in batches), 0.0
-        for indices in (part for batch in batches for part in split(encoded, batch, self.settings, self.device)):
+        parts = [split(encoded, indices, self.settings, self.device) for indices in batches]
+        for indices in sum(parts, []):
             began = time.perf_counter()
             ids, lengths = padded(encoded, indices, self.device)
             targets = labels[indices].to(self.device)
@@ -301,7 +307,7 @@ class TrainingRun:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.history.losses.append(float(total))
+        return total
 
     def backward(self, ids, lengths, targets, count):
         with autocast(self.device, self.precision):
@@ -311,19 +317,17 @@ class TrainingRun:
         return loss.detach()
 
 
-def compiled(function):
-    return torch.compile(function, dynamic=True)
-
-
 def predict(model, encoded, device, settings=FastSettings()):
     """Logits (N messages, classes), float32 on the CPU, at each message's last token; order kept."""
     precision = choose_precision(device, settings.precision)
     order = np.argsort([-len(ids) for ids in encoded], kind="stable")  # the longest first
-    batches = [order[i : i + settings.eval_batch_size] for i in range(0, len(order), settings.eval_batch_size)]
+    size = settings.eval_batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    parts = sum([split(encoded, indices, settings, device) for indices in batches], [])
     was_training, results = model.training, []
     model.eval()
     with torch.inference_mode(), autocast(device, precision):
-        for indices in (part for batch in batches for part in split(encoded, batch, settings, device)):
+        for indices in parts:
             logits = last_token_logits(model, *padded(encoded, indices, device))
             results.append(logits.float().cpu())
     model.train(was_training)

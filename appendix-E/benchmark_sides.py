@@ -1,0 +1,260 @@
+"""The three sides that `benchmark.py` times, each with the same methods on the same messages.
+
+(a) `Book`: chapters 4 to 6 and appendix E as printed. (b) `Fast`: `fast_training` and the key-value
+cache. (c) `HuggingFace`: transformers and PEFT at their best. The model has GPT-2 small's shape and
+random weights, which cost the same time as trained ones.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ch04 import GPT_CONFIG_124M, GPTModel
+
+CONFIG = {**GPT_CONFIG_124M, "drop_rate": 0.0, "qkv_bias": True}
+TINY = {**CONFIG, "emb_dim": 32, "n_layers": 2, "n_heads": 4}  # to try the script itself
+RANK, LEARNING_RATE, WEIGHT_DECAY = 16, 5e-5, 0.1
+
+
+class Book:
+    """The printed listings: padded to the longest training message, float32, no cache."""
+
+    name = "book's loop"
+
+    def __init__(self, device, config=CONFIG, width=120):
+        self.device, self.config, self.width = device, config, width
+
+    def build_classifier(self):
+        from appendix_e import freeze, replace_linear_with_lora
+
+        torch.manual_seed(123)
+        self.model = GPTModel(self.config)
+        freeze(self.model)
+        self.model.out_head = nn.Linear(self.config["emb_dim"], 2)
+        replace_linear_with_lora(self.model, rank=RANK, alpha=RANK)
+        self.model.to(self.device)
+
+    def start_training(self):
+        self.build_classifier()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY
+        )
+        self.model.train()
+
+    def batch(self, messages):
+        """Ids (B, 120) and labels (B,) as `SpamDataset` and a DataLoader give them."""
+        from ch06 import cut_or_pad
+
+        rows = [cut_or_pad(ids.tolist(), self.width, self.config["vocab_size"] - 1) for ids in messages]
+        return torch.tensor(rows), torch.arange(len(rows)) % 2
+
+    def step(self, messages):
+        """The body of `train_classifier_simple`'s inner loop."""
+        from ch06 import calc_loss_batch
+
+        inputs, targets = self.batch(messages)
+        self.optimizer.zero_grad()
+        loss = calc_loss_batch(inputs, targets, self.model, self.device)
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def evaluate(self, messages):
+        from ch06 import calc_accuracy_loader
+
+        batches = [messages[start : start + 8] for start in range(0, len(messages), 8)]
+        accuracy = calc_accuracy_loader([self.batch(batch) for batch in batches], self.model, self.device)
+        self.model.train()
+        return accuracy
+
+    def start_generating(self):
+        torch.manual_seed(123)
+        self.model = GPTModel(self.config).to(self.device).eval()
+
+    def prompt(self, batch, length):
+        return torch.randint(self.config["vocab_size"], (batch, length), device=self.device)
+
+    def generate(self, batch, length, new_tokens):
+        """Continue `batch` prompts of `length` tokens greedily by `new_tokens`."""
+        from ch05 import generate
+
+        generate(self.model, self.prompt(batch, length), new_tokens, self.config["context_length"])
+
+    def load(self, folder):
+        from ch05 import load_weights_into_gpt
+        from gpt_download import load_gpt2
+
+        model = GPTModel(self.config)
+        load_weights_into_gpt(model, load_gpt2(folder, "safetensors")[1])
+        self.model = model.to(self.device)
+
+
+class Fast(Book):
+    """The fast path of this repository."""
+
+    name = "ours"
+
+    def start_training(self):
+        from fast_training import FastSettings, History, TrainingRun, keep_freed_memory, prepare
+
+        keep_freed_memory()
+        self.build_classifier()
+        settings = FastSettings(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, progress=False)
+        prepare(self.model, settings, self.device).train()
+        self.run = TrainingRun(self.model, settings, self.device, History())
+
+    def step(self, messages):
+        return self.run.step(messages, torch.arange(len(messages)) % 2, [np.arange(len(messages))]).item()
+
+    def evaluate(self, messages):
+        from fast_training import predict
+
+        return predict(self.model, messages, self.device, self.run.settings)
+
+    def start_generating(self):
+        from fast_training import FastSettings, prepare
+
+        super().start_generating()
+        prepare(self.model.requires_grad_(False), FastSettings(precision="float32"), self.device)
+
+    def generate(self, batch, length, new_tokens):
+        from ch05 import generate
+
+        prompt, context = self.prompt(batch, length), self.config["context_length"]
+        generate(self.model, prompt, new_tokens, context, use_cache=True)
+
+
+class HuggingFace(Book):
+    """transformers and PEFT: SDPA, dynamic padding, the precision that the hardware computes fastest."""
+
+    name = "transformers + PEFT"
+
+    def hf_config(self, **more):
+        from transformers import GPT2Config
+
+        c = self.config
+        return GPT2Config(
+            vocab_size=c["vocab_size"], n_positions=c["context_length"], n_embd=c["emb_dim"],
+            n_layer=c["n_layers"], n_head=c["n_heads"], embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+            attn_implementation="sdpa", pad_token_id=c["vocab_size"] - 1, **more,
+        )
+
+    def start_training(self):
+        from peft import LoraConfig, get_peft_model
+        from transformers import GPT2ForSequenceClassification
+
+        from fast_training import choose_precision
+
+        torch.manual_seed(123)
+        model = GPT2ForSequenceClassification(self.hf_config(num_labels=2, use_cache=False))
+        adapter = LoraConfig(
+            r=RANK, lora_alpha=RANK * RANK, target_modules=["c_attn", "c_proj", "c_fc", "score"],
+            fan_in_fan_out=True,
+        )
+        self.model = get_peft_model(model, adapter).to(self.device).train()
+        self.precision = choose_precision(self.device)
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trainable, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=self.device.type in ("cpu", "cuda")
+        )
+
+    def logits(self, messages):
+        from fast_training import autocast, padded
+
+        ids, lengths = padded(messages, np.arange(len(messages)), self.device)
+        columns = torch.arange(ids.shape[1], device=self.device)
+        ids = ids.masked_fill(columns >= lengths[:, None], self.config["vocab_size"] - 1)
+        with autocast(self.device, self.precision):
+            return self.model(input_ids=ids).logits.float()  # read at the last token before the padding
+
+    def step(self, messages):
+        self.optimizer.zero_grad()
+        targets = torch.arange(len(messages), device=self.device) % 2
+        loss = nn.functional.cross_entropy(self.logits(messages), targets)
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def evaluate(self, messages):
+        size = 8 if self.device.type == "cpu" else 64  # a CPU gains nothing from more, and pads more
+        self.model.eval()
+        with torch.inference_mode():
+            logits = [self.logits(messages[i : i + size]).cpu() for i in range(0, len(messages), size)]
+        self.model.train()
+        return logits
+
+    def start_generating(self):
+        from transformers import GPT2LMHeadModel
+
+        torch.manual_seed(123)
+        config = self.hf_config(tie_word_embeddings=False, bos_token_id=None, eos_token_id=None)
+        self.model = GPT2LMHeadModel(config).to(self.device).eval()
+
+    def generate(self, batch, length, new_tokens):
+        prompt = self.prompt(batch, length)
+        with torch.inference_mode():
+            self.model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, use_cache=True,
+                min_new_tokens=new_tokens, max_new_tokens=new_tokens,
+            )
+
+    def load(self, folder):
+        from transformers import GPT2LMHeadModel
+
+        self.model = GPT2LMHeadModel.from_pretrained(folder).to(self.device)
+
+
+def peak_memory():
+    """Peak resident memory of this process in bytes (since `forget_peak` on Linux), None if unknown."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def forget_peak():
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except OSError:  # not Linux, or not allowed: the peak then includes building the model
+        pass
+
+
+def memory_of_step(side, messages):
+    """Peak bytes while training on `messages` once: on a GPU what torch allocated, else the process."""
+    side.start_training()
+    side.step(messages[:1])
+    if side.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(side.device)
+        side.step(messages)
+        return torch.cuda.max_memory_allocated(side.device)
+    forget_peak()
+    side.step(messages)
+    return peak_memory()
+
+
+def serve(connection, name, device, config, threads):
+    """A process of its own for one side: receive (method, arguments), send (seconds, result) or the error."""
+    if threads:
+        torch.set_num_threads(threads)
+    side = SIDES[name](torch.device(device), config)
+    while (job := connection.recv()) is not None:
+        method, args = job
+        began = time.perf_counter()
+        try:
+            result = memory_of_step(side, *args) if method == "memory" else getattr(side, method)(*args)
+            if side.device.type == "cuda":
+                torch.cuda.synchronize()
+            connection.send((time.perf_counter() - began, result if method == "memory" else None))
+        except Exception as error:
+            connection.send(error)
+
+
+SIDES = {"book": Book, "ours": Fast, "hf": HuggingFace}
