@@ -313,7 +313,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description="List or fetch what the book's code downloads.")
     parser.add_argument("command", choices=("list", "fetch", "tiktoken"))
     parser.add_argument("names", nargs="*", help="assets, or folders of them, such as gpt2/124M")
-    parser.add_argument("--all", action="store_true", help="fetch everything in the table (17 GB)")
+    parser.add_argument("--all", action="store_true", help="fetch everything in the table (about 23 GB)")
     parser.add_argument("--folder", default=in_cache("."), help="default: LLM_CACHE_DIR, else this folder")
     args = parser.parse_args(arguments)
     if args.command == "tiktoken":
@@ -329,6 +329,8 @@ def main(arguments=None):
         parser.error(str(error))
     if not assets:
         parser.error("name what to fetch, or give --all")
+    if not os.environ.get("LLM_CACHE_DIR"):
+        print(f"Notebooks look in their own folder, or here if you set LLM_CACHE_DIR={base}")
     if failures := fetch_assets(assets, base):
         sys.exit("\n\n".join(failures))
 

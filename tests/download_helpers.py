@@ -41,8 +41,14 @@ def naps():
 
 @pytest.fixture
 def patience(naps):
-    """Waits that take no time but are noted in `naps`, and limits of a fraction of a second."""
-    return Patience(waits=(1, 2, 4), connect=2, read=0.3, window=0.2, slowest=1000, sleep=naps.append)
+    """The usual patience, but pauses take no time: they are noted in `naps`."""
+    return Patience(sleep=naps.append)
+
+
+@pytest.fixture
+def haste(patience):
+    """The same for servers that hang or trickle."""
+    return replace(patience, read=0.3, window=0.2)
 
 
 def asset(*sources, **changes):

@@ -90,8 +90,8 @@ class Handler(BaseHTTPRequestHandler):
         stop = len(data) if stop is None else stop
         for at in range(start, stop, piece):
             chunk = data[at : min(at + piece, stop)]
+            self.request_log.sent += len(chunk)  # first, as the client may be done before write returns
             self.wfile.write(chunk)
-            self.request_log.sent += len(chunk)
 
     def from_range(self, stop=None, etag='"v1"', **headers):
         """Answer the range that is asked for, or the whole file, up to `stop` (then cut the line)."""
@@ -191,8 +191,8 @@ class Handler(BaseHTTPRequestHandler):
         self.start(200, Transfer_Encoding="chunked")
         for at in range(0, len(self.data), PIECE):
             chunk = self.data[at : at + PIECE]
-            self.wfile.write(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n")
             self.request_log.sent += len(chunk)
+            self.wfile.write(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n")
         if stop is None:
             self.wfile.write(b"0\r\n\r\n")
 

@@ -18,7 +18,7 @@ from download_helpers import (
 )
 from misbehaving_server import PIECE, Server
 
-naps, patience = download_helpers.naps, download_helpers.patience
+naps, patience, haste = download_helpers.naps, download_helpers.patience, download_helpers.haste
 running_server, server = download_helpers.running_server, download_helpers.server
 
 
@@ -130,9 +130,9 @@ def test_an_unpinned_file_that_may_have_changed_starts_over(fault, server, patie
     assert server.requests[-1].sent == len(DATA)
 
 
-def test_an_unpinned_file_of_another_source_starts_over(server, patience, tmp_path):
+def test_an_unpinned_file_of_another_source_starts_over(server, haste, tmp_path):
     sources = server.url("a.bin", "hangs"), server.url("a.bin")
-    assert fetch(unpinned(*sources), tmp_path, patience).read_bytes() == DATA
+    assert fetch(unpinned(*sources), tmp_path, haste).read_bytes() == DATA
     assert server.requests[-1].range is None
 
 

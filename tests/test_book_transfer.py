@@ -15,7 +15,7 @@ from book_downloads import DownloadError, fetch
 from book_transfer import Rejected
 from download_helpers import DATA, asset, assert_fetched, files
 
-naps, patience = download_helpers.naps, download_helpers.patience
+naps, patience, haste = download_helpers.naps, download_helpers.patience, download_helpers.haste
 running_server, server = download_helpers.running_server, download_helpers.server
 
 PASSING = {  # fault: the pauses it costs
@@ -44,6 +44,7 @@ FAILING = {  # fault: what the report says of it, whether the pauses were used u
     "status=404": (r"HTTP 404", False),
     "status=410": (r"HTTP 410", False),
     "status=204": (r"HTTP 204", False),
+    "status=408": (r"HTTP 408", True),
     "status=429": (r"HTTP 429", True),
     "status=500": (r"HTTP 500", True),
     "status=503": (r"HTTP 503", True),
@@ -52,6 +53,7 @@ FAILING = {  # fault: what the report says of it, whether the pauses were used u
     "trickles": (r"too slow", False),
     "redirect_forever": (r"[Rr]edirect", False),
 }
+HASTY = ("hangs", "trickles")
 
 
 @pytest.mark.parametrize("fault", PASSING)
@@ -61,19 +63,19 @@ def test_a_fault_that_passes_is_waited_for(fault, server, patience, naps, tmp_pa
 
 
 @pytest.mark.parametrize("fault", FAILING)
-def test_a_fault_that_stays_is_reported(fault, server, patience, naps, tmp_path):
+def test_a_fault_that_stays_is_reported(fault, server, patience, haste, naps, tmp_path):
     says, tired = FAILING[fault]
     url = server.url("a.bin", fault)
     with pytest.raises(DownloadError, match=f"(?s){re.escape(url)}\n.*{says}"):
-        fetch(asset(url), tmp_path, patience)
+        fetch(asset(url), tmp_path, haste if fault in HASTY else patience)
     assert set(files(tmp_path)) <= {"a.bin.partial"}
     assert naps[-3:] == ([1, 2, 4] if tired else [])
 
 
 @pytest.mark.parametrize("fault", FAILING)
-def test_after_a_faulty_source_the_next_one_delivers(fault, server, patience, tmp_path):
+def test_after_a_faulty_source_the_next_one_delivers(fault, server, patience, haste, tmp_path):
     first, second = server.url("a.bin", fault), server.url("a.bin")
-    assert_fetched(fetch(asset(first, second), tmp_path, patience))
+    assert_fetched(fetch(asset(first, second), tmp_path, haste if fault in HASTY else patience))
     assert server.requests[-1].path.startswith("/good/")
 
 
@@ -93,9 +95,9 @@ def test_only_the_rest_is_transferred(server, patience, tmp_path):
     assert [(r.range, r.sent) for r in server.requests] == [("bytes=400000-", len(DATA) - 400_000)]
 
 
-def test_another_source_goes_on_where_the_first_stopped(server, patience, tmp_path):
+def test_another_source_goes_on_where_the_first_stopped(server, haste, tmp_path):
     sources = server.url("a.bin", "hangs"), server.url("a.bin")
-    assert_fetched(fetch(asset(*sources), tmp_path, patience))
+    assert_fetched(fetch(asset(*sources), tmp_path, haste))
     assert server.requests[-1].range == f"bytes={len(DATA) // 10}-"
 
 
