@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 import ch05
 from book_assets import EMBEDDED_MESSAGES, in_cache
+from book_downloads import fetch_spam_data
 from ch04 import GPTModel
 
 LABELS = {"ham": 0, "spam": 1}
@@ -30,8 +31,6 @@ def download_and_unzip_spam_data(
     `url` is tried alone; None tries the known sources in turn. `zip_path` is where the archive goes,
     `extracted_path` where it is unpacked. Raises `book_downloads.DownloadError`. Source: listing E.1.
     """
-    from book_downloads import fetch_spam_data
-
     fetch_spam_data(url, zip_path, extracted_path, data_file_path)
 
 

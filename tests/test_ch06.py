@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-import book_downloads
 import ch05
 import ch06
 from book_assets import Choice
@@ -108,7 +107,7 @@ def test_a_file_with_other_labels_is_refused_and_the_labels_are_named():
 
 def test_the_printed_download_call_reaches_the_one_downloader(monkeypatch):
     calls = []
-    monkeypatch.setattr(book_downloads, "fetch_spam_data", lambda *args: calls.append(args))
+    monkeypatch.setattr(ch06, "fetch_spam_data", lambda *args: calls.append(args))
     ch06.download_and_unzip_spam_data("https://url", "a.zip", "folder", "folder/file.tsv")
     assert calls == [("https://url", "a.zip", "folder", "folder/file.tsv")]
 
