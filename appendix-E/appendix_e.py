@@ -183,8 +183,9 @@ def prepare_datasets(choice, context_length, folder):
 
     messages = create_balanced_dataset(load_messages(choice))
     messages["Label"] = messages["Label"].map(LABELS)
+    parts = random_split(messages, 0.7, 0.1)
     tokenizer, max_length, datasets = get_tokenizer(), None, {}
-    for name, part in zip(("train", "validation", "test"), random_split(messages, 0.7, 0.1)):
+    for name, part in zip(("train", "validation", "test"), parts, strict=True):
         file = folder / f"{name}.csv"
         part.to_csv(file, index=None)
         datasets[name] = SpamDataset(file, tokenizer, max_length)
@@ -210,8 +211,7 @@ def accuracy_by_part(model, loaders, device, num_batches=None):
     from ch06 import calc_accuracy_loader
 
     return {
-        name: calc_accuracy_loader(loader, model, device, num_batches)
-        for name, loader in loaders.items()
+        name: calc_accuracy_loader(loader, model, device, num_batches) for name, loader in loaders.items()
     }
 
 
@@ -236,7 +236,8 @@ def train_with_lora(model, loaders, device, args):
         num_epochs=args.epochs, eval_freq=50, eval_iter=5,
     )
     names = ("train_losses", "val_losses", "train_accs", "val_accs", "examples_seen")
-    return {**dict(zip(names, results)), "training_seconds": round(time.perf_counter() - start, 1)}
+    curves = dict(zip(names, results, strict=True))
+    return curves | {"training_seconds": round(time.perf_counter() - start, 1)}
 
 
 def save_plots(curves, epochs, folder):
@@ -244,7 +245,7 @@ def save_plots(curves, epochs, folder):
     from ch06 import plot_values
 
     paths = [folder / "loss.png", folder / "accuracy.png"]
-    for path, kind in zip(paths, ("losses", "accs")):
+    for path, kind in zip(paths, ("losses", "accs"), strict=True):
         train_values, val_values = curves[f"train_{kind}"], curves[f"val_{kind}"]
         epochs_seen = torch.linspace(0, epochs, len(train_values))
         examples_seen = torch.linspace(0, curves["examples_seen"], len(train_values))
@@ -265,8 +266,7 @@ def describe_machine(device):
     return {
         "platform": platform.platform(), "processor": platform.processor() or platform.machine(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
     }
 
 
@@ -328,7 +328,7 @@ def main_job_arguments(arguments=None):
 
 
 def main(arguments=None):
-    """The command line, see --help. What the reader can mend ends it with a message, not a traceback."""
+    """The command line, see --help. What the reader can mend ends it with a message, no traceback."""
     args = main_job_arguments(arguments)
     os.environ["LLM_ASSETS"] = args.assets
     try:

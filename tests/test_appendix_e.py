@@ -12,7 +12,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import REPOSITORY
 from torch import nn
 
 import appendix_e
@@ -25,6 +24,7 @@ from appendix_e import (
     replace_linear_with_lora,
 )
 from ch04 import GPT_CONFIG_124M, GPTModel
+from conftest import REPOSITORY
 
 RANKS = (1, 4, 16)
 
@@ -149,7 +149,9 @@ def test_layers_are_replaced_in_the_recursive_order_so_that_a_seed_gives_the_sam
     torch.manual_seed(5)
     printed_replacement(twin, 4, 4)
     assert str(model) == str(twin)
-    for (name, ours), (_, theirs) in zip(model.named_parameters(), twin.named_parameters()):
+    for (name, ours), (_, theirs) in zip(
+        model.named_parameters(), twin.named_parameters(), strict=True
+    ):
         assert torch.equal(ours, theirs), name
 
 
@@ -385,7 +387,7 @@ def test_the_main_job_reports_accuracies_and_writes_only_into_its_folder(
     ]
     printed = capsys.readouterr().out
     assert re.search(r"Trainable parameters: [\d,]+ → frozen: 0 → LoRA of rank 4: [\d,]+", printed)
-    for name in ("embedded", "Ep 1 (Step 000000)", "before", "after", "loss.png", "accuracy.png", "results.json"):
+    for name in ("embedded", "Ep 1 (Step 000000)", "before", "after", "loss.png", "results.json"):
         assert name in printed
     assert results["settings"]["rank"] == 4 and results["settings"]["scaling"] == "alpha/rank"
     assert set(results["accuracy_after"]) == {"train", "validation", "test"}
@@ -421,5 +423,5 @@ def test_settings_below_one_end_with_a_message(option, capsys):
 
 def test_unknown_assets_end_with_a_message_and_not_a_traceback(monkeypatch):
     monkeypatch.setenv("LLM_ASSETS", "book")
-    with pytest.raises(SystemExit, match="--assets: .*nonsense"):
+    with pytest.raises(SystemExit, match=r"--assets: .*nonsense"):
         appendix_e.main(["--assets", "nonsense"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from conftest import REPOSITORY
 
 LISTINGS = REPOSITORY / "appendix-E" / "listings.py"
@@ -35,7 +36,8 @@ def block():
     def norm():
         return {"g": np.ones(768, np.float32), "b": weights(768)}
     return {"attn": {"c_attn": layer(768, 3 * 768), "c_proj": layer(768, 768)},
-            "mlp": {"c_fc": layer(768, 4 * 768), "c_proj": layer(4 * 768, 768)}, "ln_1": norm(), "ln_2": norm()}
+            "mlp": {"c_fc": layer(768, 4 * 768), "c_proj": layer(4 * 768, 768)},
+            "ln_1": norm(), "ln_2": norm()}
 
 def random_gpt2(model_size, models_dir):
     assert (model_size, models_dir) == ("124M", "gpt2")
@@ -82,7 +84,8 @@ def run_listings(folder, layers, messages):
 def accuracies(printed):
     """The (training, validation, test) percentages of the three reports: at first, with LoRA, at the end."""
     reports = re.findall(
-        r"^Training accuracy: (\S+)%\nValidation accuracy: (\S+)%\nTest accuracy: (\S+)%", printed, re.MULTILINE
+        r"^Training accuracy: (\S+)%\nValidation accuracy: (\S+)%\nTest accuracy: (\S+)%",
+        printed, re.MULTILINE,
     )
     assert len(reports) == 3
     return [tuple(float(value) for value in report) for report in reports]
@@ -143,11 +146,15 @@ def test_the_listings_classes_are_the_modules_without_its_options():
 def test_the_listings_hold_the_printed_calls():
     source = LISTINGS.read_text(encoding="utf-8")
     for printed in (
-        "from ch06 import (", 'zip_path = "sms_spam_collection.zip"', 'extracted_path = "sms_spam_collection"',
+        "from ch06 import (", 'zip_path = "sms_spam_collection.zip"',
+        'extracted_path = "sms_spam_collection"',
         "download_and_unzip_spam_data(url, zip_path, extracted_path, data_file_path)",
-        "random_split(balanced_df, 0.7, 0.1)", 'SpamDataset("train.csv", max_length=None, tokenizer=tokenizer)',
-        'tiktoken.get_encoding("gpt2")', 'CHOOSE_MODEL = "gpt2-small (124M)"', "from chapter04 import GPTModel",
+        "random_split(balanced_df, 0.7, 0.1)",
+        'SpamDataset("train.csv", max_length=None, tokenizer=tokenizer)',
+        'tiktoken.get_encoding("gpt2")', 'CHOOSE_MODEL = "gpt2-small (124M)"',
+        "from chapter04 import GPTModel",
         "torch.nn.Linear(in_features=768, out_features=num_classes)", "rank=16, alpha=16",
-        "lr=5e-5, weight_decay=0.1", "num_epochs=num_epochs, eval_freq=50, eval_iter=5", "tokenizer=tokenizer\n",
+        "lr=5e-5, weight_decay=0.1", "num_epochs=num_epochs, eval_freq=50, eval_iter=5",
+        "tokenizer=tokenizer\n",
     ):
         assert printed in source, printed
