@@ -18,7 +18,7 @@ from torch import nn
 
 from appendix_e import SCALINGS, freeze
 from lora_layers import (
-    adapted_layers, find_layers, is_merged, remove_lora, swap, with_lora,
+    adapted_layers, check_finite, find_layers, remove_lora, require_unmerged, swap, with_lora,
 )
 
 ADAPTER_FORMAT = "lora-in-practice/1"
@@ -61,9 +61,16 @@ def fingerprint(model, without=()):
     for name, parameter in sorted(base_parameters(model).items()):
         if name not in without:
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous()
-            digest.update(rounded.view(torch.int16).numpy().data)
+            rounded = parameter.detach().to("cpu", torch.bfloat16)
+            bits = rounded.contiguous().view(torch.int16)
+            digest.update(bits.numpy().data)
     return digest.hexdigest()
+
+
+def stored(parameter):
+    """Return a copy on the CPU in rows: training may keep a weight in columns."""
+    tensor = parameter.detach().cpu()
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def take_adapter(model, notes=None):
@@ -73,26 +80,20 @@ def take_adapter(model, notes=None):
     LoRA, it is merged, or a value is not finite.
     """
     layers = adapted_layers(model)
-    if is_merged(model) or not layers:
-        raise ValueError(
-            "there are no LoRA layers to save: call unmerge_lora first"
-            if is_merged(model) else
-            "this model has no LoRA to save: call apply_lora first"
-        )
-    full = {n: p for n, p in base_parameters(model).items() if p.requires_grad}
-    parts = {f"{n}.lora.{k}": getattr(layer.lora, k)
-             for n, layer in layers.items() for k in "AB"}
-    tensors = {n: p.detach().cpu().clone() for n, p in {**parts, **full}.items()}
+    require_unmerged(model)
+    if not layers:
+        raise ValueError("there is no LoRA to save: call apply_lora first")
+    base = base_parameters(model)
+    full = {name: p for name, p in base.items() if p.requires_grad}
+    settings, parts = {}, dict(full)
+    for name, layer in layers.items():
+        settings[name] = {key: getattr(layer.lora, key) for key in LAYER_SETTINGS}
+        for part in "AB":
+            parts[f"{name}.lora.{part}"] = getattr(layer.lora, part)
+    tensors = {name: stored(p) for name, p in parts.items()}
     check_finite(tensors, "the training has diverged")
-    settings = {n: {key: getattr(layer.lora, key) for key in LAYER_SETTINGS}
-                for n, layer in layers.items()}
-    return Adapter(settings, tensors, fingerprint(model, without=full), notes or {})
-
-
-def check_finite(tensors, why):
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} has infinite or missing values: {why}")
+    base_model = fingerprint(model, without=full)
+    return Adapter(settings, tensors, base_model, notes or {})
 
 
 # From an adapter to a model
@@ -105,16 +106,15 @@ def set_adapter(model, adapter):
     Raises ValueError, with `model` as it was, if it does not fit: a layer or parameter that is not
     there, another shape, another base model.
     """
-    if is_merged(model):
-        raise ValueError("LoRA is merged into this model: call unmerge_lora first")
+    require_unmerged(model)
     base, full = base_parameters(model), full_tensors(adapter)
     new = fitted_layers(model, adapter)
     for name, tensor in full.items():
         check_shape(name, tensor, base.get(name))
     if adapter.base not in (None, fingerprint(model, without=full)):
         raise ValueError(
-            "this adapter was trained on another base model: the weights that it "
-            "does not hold differ. Load the same model, with the same head, first"
+            "this adapter was trained on another base model: what it does "
+            "not hold differs. Load the same model, with the same head, first"
         )
     remove_lora(model)
     freeze(model)
@@ -127,7 +127,7 @@ def set_adapter(model, adapter):
 
 def full_tensors(adapter):
     """Return the part of the tensors that is no layer's A or B: parameters trained in full."""
-    low_rank = {f"{name}.lora.{part}" for name in adapter.layers for part in "AB"}
+    low_rank = {f"{n}.lora.{part}" for n in adapter.layers for part in "AB"}
     return {n: t for n, t in adapter.tensors.items() if n not in low_rank}
 
 
@@ -136,20 +136,15 @@ def fitted_layers(model, adapter):
     linear, new = base_layers(model), {}
     for name, settings in adapter.layers.items():
         if name not in linear:
-            raise ValueError(
-                f"{name}: {type(model).__name__} has no such linear layer; "
-                f"it has {', '.join([*linear][:3])}, …"
-            )
-        options = {k: settings[k] for k in ("scaling", "dropout")}
-        with torch.random.fork_rng(devices=[]):  # leaves the random stream alone
-            layer = with_lora(linear[name], settings["rank"], settings["alpha"],
-                              device="meta", **options)
+            raise ValueError(f"{name}: the model has no such linear layer")
+        with torch.random.fork_rng(devices=[]):  # keep the random stream
+            layer = with_lora(linear[name], **settings, device="meta")
         for part in "AB":
-            tensor = adapter.tensors.get(f"{name}.lora.{part}")
-            check_shape(f"{name}.lora.{part}", tensor, getattr(layer.lora, part))
-            device = linear[name].weight.device
-            copied = tensor.to(device, copy=True)
-            setattr(layer.lora, part, nn.Parameter(copied))
+            key, like = f"{name}.lora.{part}", getattr(layer.lora, part)
+            tensor = adapter.tensors.get(key)
+            check_shape(key, tensor, like)
+            tensor = tensor.to(linear[name].weight.device, copy=True)
+            setattr(layer.lora, part, nn.Parameter(tensor))
         new[linear[name]] = layer
     return new
 
@@ -158,19 +153,20 @@ def base_layers(model):
     """Return {name: linear layer} with the names that they have without LoRA."""
     adapted = adapted_layers(model)
     inner = {layer.linear: name for name, layer in adapted.items()}
-    return {inner.get(layer, name): layer for name, layer in find_layers(model).items()}
+    layers = find_layers(model).items()
+    return {inner.get(layer, name): layer for name, layer in layers}
 
 
 def check_shape(name, tensor, like):
     if tensor is None:
-        raise ValueError(f"the adapter lacks {name}: save it again from its model")
+        raise ValueError(f"the adapter lacks {name}: save it again")
     if like is None:
         raise ValueError(f"the model has no parameter {name}")
     if tensor.shape != like.shape:
         raise ValueError(
-            f"{name} is {tuple(tensor.shape)} in the adapter, {tuple(like.shape)} "
-            "in the model with the rank of the settings: give the model the same "
-            "sizes and the same head first"
+            f"{name} is {tuple(tensor.shape)} in the adapter, "
+            f"{tuple(like.shape)} by its settings and this model: give the "
+            "model the same sizes and the same head first"
         )
 
 
@@ -210,23 +206,28 @@ def read_adapter(folder):
 
     Raises FileNotFoundError if there is none, ValueError if it is damaged or something else.
     """
-    settings = read_json(folder, SETTINGS_FILE, "save_adapter writes it; for "
-                         "PEFT's adapter_config.json call import_peft")
-    if settings.get("format") != ADAPTER_FORMAT or SETTINGS - settings.keys():
-        raise ValueError(
-            f"{Path(folder, SETTINGS_FILE)} has format {settings.get('format')!r}, not "
-            f"{ADAPTER_FORMAT!r}: it was not written by this version of save_adapter"
-        )
+    remedy = "save_adapter writes it; PEFT's adapters need import_peft"
+    settings = read_json(folder, SETTINGS_FILE, remedy)
+    check_settings(settings, Path(folder, SETTINGS_FILE))
     weights = Path(folder, WEIGHTS_FILE)
-    digest = hashlib.sha256(weights.read_bytes() if weights.exists() else b"")
-    if digest.hexdigest() != settings["sha256"]:
+    data = weights.read_bytes() if weights.exists() else b""
+    if hashlib.sha256(data).hexdigest() != settings["sha256"]:
         raise ValueError(
-            f"{weights} is missing, cut off or not the file that {SETTINGS_FILE} "
-            "was saved with: copy the whole folder again"
+            f"{weights} is missing, cut off or from another adapter than "
+            f"{SETTINGS_FILE}: copy the whole folder again"
         )
-    check_layers(settings["layers"], weights)
-    tensors = read_tensors(weights)
-    return Adapter(settings["layers"], tensors, settings["base_model"], settings["notes"])
+    tensors, base = read_tensors(weights), settings["base_model"]
+    return Adapter(settings["layers"], tensors, base, settings["notes"])
+
+
+def check_settings(settings, path):
+    if settings.get("format") != ADAPTER_FORMAT:
+        raise ValueError(f"{path} does not have the format {ADAPTER_FORMAT}")
+    layers = settings.get("layers") or {"no layer": {}}
+    wrong = [n for n, s in layers.items() if s.keys() != {*LAYER_SETTINGS}]
+    if wrong or SETTINGS - settings.keys():
+        missing = sorted(SETTINGS - settings.keys()) or wrong[:3]
+        raise ValueError(f"{path}: no settings for {missing}: save it again")
 
 
 def read_json(folder, name, remedy):
@@ -236,7 +237,7 @@ def read_json(folder, name, remedy):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): copy the folder again") from error
+        raise ValueError(f"{path} is damaged: copy it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no settings file: copy the folder again")
     return content
@@ -245,17 +246,11 @@ def read_json(folder, name, remedy):
 def read_tensors(path):
     """Return the tensors of a safetensors file; ValueError if it is damaged or not finite."""
     try:
-        tensors = load(Path(path).read_bytes())
+        tensors = dict(sorted(load(Path(path).read_bytes()).items()))
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again") from error
+        raise ValueError(f"{path} is damaged: copy it again") from error
     check_finite(tensors, f"{path} comes from a training that diverged")
     return tensors
-
-
-def check_layers(layers, path):
-    wrong = [n for n, settings in layers.items() if set(settings) != {*LAYER_SETTINGS}]
-    if wrong or not layers:
-        raise ValueError(f"{path}: no complete settings for {wrong[:3] or 'any layer'}: save it again")
 
 
 def load_adapter(model, folder):
@@ -269,9 +264,10 @@ def load_adapter(model, folder):
     wants = {n: settings["rank"] for n, settings in adapter.layers.items()}
     if has and has != wants:
         raise ValueError(
-            f"the model has LoRA in {len(has)} layers with ranks {sorted({*has.values()})}, "
-            f"the adapter in {len(wants)} with ranks {sorted({*wants.values()})}: call "
-            "remove_lora first, or set_adapter to exchange them"
+            f"the model has LoRA in {len(has)} layers with ranks "
+            f"{sorted({*has.values()})}, the adapter in {len(wants)} with "
+            f"ranks {sorted({*wants.values()})}: call remove_lora first, "
+            "or set_adapter to exchange them"
         )
     return set_adapter(model, adapter)
 
@@ -288,18 +284,19 @@ def combine_adapters(first, second, weights=(1.0, 1.0), full_from=None):
     Raises ValueError for different base models, or if that choice is missing.
     """
     if first.base != second.base:
-        raise ValueError("these adapters were trained on different base models, or in other parts in full")
+        raise ValueError("these adapters are for different base models")
     full = [full_tensors(first), full_tensors(second)]
     if any(full) and full_from not in (0, 1):
         raise ValueError(
-            f"both adapters hold their own {[*full[0], *full[1]][0]}: say with full_from=0 or "
-            "full_from=1 whose to take, or train it with LoRA, which can be combined"
+            f"each adapter has its own {[*full[0], *full[1]][0]}: say "
+            "with full_from=0 or full_from=1 whose to take"
         )
-    layers, tensors = {}, dict(full[full_from]) if any(full) else {}
+    layers, tensors = {}, dict(full[full_from or 0])
     for name in {**first.layers, **second.layers}:
         A, B = concatenated(name, (first, second), weights)
-        layers[name] = {"rank": A.shape[1], "alpha": 1.0, "scaling": "alpha", "dropout": 0.0}
-        tensors[f"{name}.lora.A"], tensors[f"{name}.lora.B"] = A, B
+        settings = (A.shape[1], 1.0, "alpha", 0.0)
+        layers[name] = dict(zip(LAYER_SETTINGS, settings, strict=True))
+        tensors |= {f"{name}.lora.A": A, f"{name}.lora.B": B}
     return Adapter(layers, tensors, first.base)
 
 
@@ -309,7 +306,9 @@ def concatenated(name, adapters, weights):
     for adapter, weight in zip(adapters, weights, strict=True):
         if name in adapter.layers:
             settings = adapter.layers[name]
-            scale = SCALINGS[settings["scaling"]](settings["alpha"], settings["rank"])
-            parts_A.append(adapter.tensors[f"{name}.lora.A"])
-            parts_B.append(weight * scale * adapter.tensors[f"{name}.lora.B"])
+            scaling = SCALINGS[settings["scaling"]]
+            scale = scaling(settings["alpha"], settings["rank"])
+            A, B = (adapter.tensors[f"{name}.lora.{part}"] for part in "AB")
+            parts_A.append(A)
+            parts_B.append(weight * scale * B)
     return torch.cat(parts_A, dim=1), torch.cat(parts_B, dim=0)

@@ -53,7 +53,7 @@ class LoRASettings:
 # Data
 
 
-def read_messages(choice):
+def balanced_messages(choice):
     """Return chapter 6's balanced messages: a DataFrame with Label (0 ham, 1 spam) and Text."""
     messages = create_balanced_dataset(load_messages(choice))
     return messages.assign(Label=messages["Label"].map(LABELS))

@@ -15,7 +15,7 @@ SCORES = ("accuracy", "precision", "recall", "F1")
 # Duplicates on both sides
 
 
-def normalise(text):
+def masked(text):
     """Return `text` in lower case, every run of digits as one 0, every run of blanks as one blank."""
     return " ".join(re.sub(r"\d+", "0", text.casefold()).split())
 
@@ -23,25 +23,26 @@ def normalise(text):
 def find_leaks(test, *seen):
     """Return {"exact", "near"}: for each row of `test`, does the same text stand in one of `seen`?
 
-    "near" compares texts after `normalise`, so it includes the exact ones. DataFrames with Text.
+    "near" compares texts after `masked`, so it includes the exact ones. DataFrames with Text.
     """
     texts = pd.concat([part["Text"] for part in seen])
-    near = test["Text"].map(normalise).isin(set(texts.map(normalise)))
-    return pd.DataFrame({"exact": test["Text"].isin(set(texts)), "near": near})
+    near = test["Text"].map(masked).isin(set(texts.map(masked)))
+    exact = test["Text"].isin(set(texts))
+    return pd.DataFrame({"exact": exact, "near": near})
 
 
 def split_without_leaks(df, train_frac, validation_frac, seed=123):
     """Return training, validation and test rows of `df`, with all copies of a message in one of them.
 
-    Messages that are equal after `normalise` form a group. The groups are shuffled and laid end to
+    Messages that are equal after `masked` form a group. The groups are shuffled and laid end to
     end; a group goes to the part in which its first row falls, so the sizes are met but for a few rows.
     """
-    groups = df["Text"].map(normalise)
+    groups = df["Text"].map(masked)
     order = np.random.default_rng(seed).permutation(groups.unique())
     place = groups.map({group: number for number, group in enumerate(order)})
     df = df.iloc[place.argsort(kind="stable")].reset_index(drop=True)
     place = place.sort_values(ignore_index=True)
-    begins = place.searchsorted(place) / len(df)  # of each row's group, 0 to 1
+    begins = place.searchsorted(place) / len(df)  # of each group, 0 to 1
     validation_end = train_frac + validation_frac
     return (
         df[begins < train_frac],
@@ -78,7 +79,8 @@ def bootstrap(labels, guesses, draws=2000, level=0.95, seed=123):
     the score would move with other test messages of the same kind, not with another training run.
     """
     labels, guesses = np.asarray(labels), np.asarray(guesses)
-    rows = np.random.default_rng(seed).integers(len(labels), size=(draws, len(labels)))
+    rng, size = np.random.default_rng(seed), (draws, len(labels))
+    rows = rng.integers(len(labels), size=size)
     drawn = scores(labels[rows], guesses[rows])
     tail = 100 * (1 - level) / 2
     table = {
@@ -95,9 +97,10 @@ def interval_table(results, draws=2000):
     """
     rows = {}
     for title, (labels, guesses) in results.items():
+        table = 100 * bootstrap(labels, guesses, draws)
         rows[title] = {"messages": len(labels)} | {
-            name: f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
-            for name, (value, low, high) in bootstrap(labels, guesses, draws).iterrows()
+            name: f"{value:.1f} % ({low:.1f} to {high:.1f})"
+            for name, (value, low, high) in table.iterrows()
         }
     return pd.DataFrame(rows).T
 
@@ -122,9 +125,10 @@ def plot_confusion(labels, guesses, classes=("not spam", "spam")):
     fig, ax = plt.subplots(figsize=(3.2, 3), layout="constrained")
     ax.imshow(counts, cmap="Blues")
     for (row, column), count in np.ndenumerate(counts):
-        dark = count > counts.max() / 2
-        ax.text(column, row, count, ha="center", va="center", color="white" if dark else "black")
-    ax.set(xticks=[0, 1], yticks=[0, 1], xticklabels=classes, yticklabels=classes,
-           xlabel="predicted", ylabel="true")
+        color = "white" if count > counts.max() / 2 else "black"
+        ax.text(column, row, count, ha="center", va="center", color=color)
+    ax.set_xticks([0, 1], classes)
+    ax.set_yticks([0, 1], classes)
+    ax.set(xlabel="predicted", ylabel="true")
     plt.close(fig)
     return fig

@@ -22,9 +22,9 @@ from ch06 import unfreeze_last_block
 from fast_training import fit, prepare
 from lora_classifier import (
     LoRASettings, accuracies, book_split, build_classifier, context_length, encode_split, finetune,
-    model_size, read_messages,
+    model_size, balanced_messages,
 )
-from lora_adapters import write_files
+from lora_adapters import stored, write_files
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def choose_parameters(model, method, seed):
 
 def checkpoint_bytes(model):
     """Return the size of a safetensors file with the trained parameters alone."""
-    return len(save({n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}))
+    return len(save({n: stored(p) for n, p in model.named_parameters() if p.requires_grad}))
 
 
 def step_memory(model, split, settings, device):
@@ -180,7 +180,7 @@ def compare(
 
 def encoded_messages(choice, size, quick):
     model, _ = build_classifier(size)
-    parts = book_split(read_messages(choice), quick)
+    parts = book_split(balanced_messages(choice), quick)
     return encode_split(parts, get_tokenizer(), context_length(model))
 
 

@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from appendix_e import SCALINGS, LinearWithLoRA, LoRALayer, count_parameters, freeze
@@ -27,11 +27,11 @@ from lora_adapters import (
 )
 from lora_classifier import (
     CLASSES, PARTS, LoRASettings, accuracies, book_split, build_classifier, classify, context_length,
-    encode_split, finetune, guesses, load_classifier_adapter, model_size, read_messages,
+    encode_split, finetune, guesses, load_classifier_adapter, model_size, balanced_messages,
     save_classifier_adapter,
 )
 from lora_evaluation import (
-    bootstrap, confusion_matrix, find_leaks, interval_table, normalise, plot_confusion, scores,
+    bootstrap, confusion_matrix, find_leaks, interval_table, masked, plot_confusion, scores,
     split_without_leaks, wrong_messages,
 )
 from lora_experiments import METHODS, Method, compare, plot_costs, plot_ranks, step_memory, summary
@@ -48,8 +48,8 @@ __all__ = [
     "context_length", "count_parameters", "encode_split", "export_peft", "find_layers", "find_leaks",
     "finetune", "fingerprint", "freeze", "guesses", "import_peft", "interval_table", "is_conv1d",
     "is_merged", "load_adapter", "load_classifier_adapter", "matches", "merge_lora", "merged_weight",
-    "model_size", "normalise", "plot_confusion", "plot_costs", "plot_ranks", "print_parameters",
-    "read_adapter", "read_messages", "remove_lora", "save_adapter", "save_classifier_adapter", "scores",
+    "model_size", "masked", "plot_confusion", "plot_costs", "plot_ranks", "print_parameters",
+    "read_adapter", "balanced_messages", "remove_lora", "save_adapter", "save_classifier_adapter", "scores",
     "set_adapter", "split_without_leaks", "step_memory", "summary", "swap", "take_adapter",
     "unmerge_lora", "with_lora", "wrong_messages",
 ]
@@ -65,7 +65,7 @@ def finetune_command(args):
     size = model_size(choice, args.model_size)
     settings = LoRASettings(**{name: getattr(args, name) for name in asdict(LoRASettings())})
     model, _ = build_classifier(size, settings.seed)
-    parts = book_split(read_messages(choice), is_quick())
+    parts = book_split(balanced_messages(choice), is_quick())
     split = encode_split(parts, get_tokenizer(), context_length(model))
     settings.adapt(model)
     print_parameters(model)
@@ -83,7 +83,7 @@ def evaluate_command(args):
     choice, device = args.assets, pick_device()
     print(choice)
     model, _, _ = load_classifier_adapter(args.adapter, device)
-    parts = book_split(read_messages(choice), is_quick())
+    parts = book_split(balanced_messages(choice), is_quick())
     encoded, labels = encode_split(parts, get_tokenizer(), context_length(model))["test"]
     answers, labels = guesses(model, encoded, device).numpy(), labels.numpy()
     new = ~find_leaks(parts["test"], parts["train"], parts["validation"])["near"].to_numpy()
@@ -129,6 +129,11 @@ def compare_command(args):
     methods = [m for m in METHODS if not args.methods or any(word in m.title for word in args.methods)]
     if not methods:
         raise ValueError(f"--methods: no title holds {args.methods}; there are {[m.title for m in METHODS]}")
+    if args.learning_rates:
+        methods = [
+            replace(m, title=f"{m.title}, learning rate {rate:g}", learning_rate=rate)
+            for m in methods for rate in args.learning_rates
+        ]
     runs = compare(
         args.assets, args.output, methods, tuple(args.seeds), args.model_size, args.epochs,
         quick=is_quick(), report=lambda line: print(line, flush=True),
@@ -220,6 +225,8 @@ def add_compare(commands):
     sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run a method and seed")
     sub.add_argument("--epochs", type=int, default=3, help="times through the training messages")
     sub.add_argument("--methods", nargs="+", help="only those with one of these words in their title")
+    sub.add_argument("--learning-rates", type=float, nargs="+",
+                     help="try each method with each of these, to choose by validation accuracy")
     sub.add_argument("--output", type=Path, default=Path("results/compare.jsonl"), help="file of runs")
 
 

@@ -12,13 +12,14 @@ from torch import nn
 
 from appendix_e import LinearWithLoRA, LoRALayer, count_parameters, freeze
 
-ROLES = {  # what the layer is called here, in Llama, BERT, DistilBERT and Hugging Face's GPT-2
-    "query": r"W_query|q_proj|query|q_lin|c_attn",  # c_attn is query, key and value in one
+ROLES = {  # names here, in Llama, in (Distil)BERT and in Hugging Face's GPT-2
+    "query": r"W_query|q_proj|query|q_lin|c_attn",  # c_attn is all three
     "key": r"W_key|k_proj|key|k_lin|c_attn",
     "value": r"W_value|v_proj|value|v_lin|c_attn",
-    "projection": r"out_proj|o_proj|attention\.output\.dense|out_lin|attn\.c_proj",
-    "mlp": r"ff\.layers\.\d+|(gate|up|down)_proj|fc[12]|lin[12]|mlp\.c_(fc|proj)"
-    r"|intermediate\.dense|(?<!attention\.)output\.dense",
+    "projection": r"out_proj|o_proj|out_lin|attn\.c_proj"
+    r"|attention\.output\.dense",
+    "mlp": r"ff\.layers\.\d+|(gate|up|down)_proj|fc[12]|lin[12]"
+    r"|mlp\.c_(fc|proj)|intermediate\.dense|(?<!attention\.)output\.dense",
     "head": r"out_head|lm_head|score|(pre_)?classifier",
 }
 
@@ -101,7 +102,8 @@ class Conv1DWithLoRA(LinearWithLoRA):
 
     @property
     def weight(self):
-        return self.linear.weight + self.lora.scale * (self.lora.A @ self.lora.B)
+        update = self.lora.scale * (self.lora.A @ self.lora.B)
+        return self.linear.weight + update
 
 
 def with_lora(layer, rank, alpha, **options):
@@ -142,14 +144,12 @@ def apply_lora(
     require_plain(model)
     full = find_modules(model, train_in_full)
     inside = {part for module in full.values() for part in module.modules()}
-    layers = [
-        layer for layer in find_layers(model, targets).values()
-        if layer not in inside
-    ]
+    layers = [*find_layers(model, targets).values()]
+    layers = [layer for layer in layers if layer not in inside]
     if not layers:
-        raise ValueError("every target is trained in full: nothing is left for LoRA")
+        raise ValueError("all targets train in full: nothing is left for LoRA")
     options = {"scaling": scaling, "dropout": dropout, "init": init}
-    new = {layer: with_lora(layer, rank, alpha, **options) for layer in layers}
+    new = {old: with_lora(old, rank, alpha, **options) for old in layers}
     freeze(model)
     swap(model, new)
     for module in full.values():
@@ -158,13 +158,17 @@ def apply_lora(
 
 
 def require_plain(model):
-    if is_merged(model):
-        raise ValueError("LoRA is merged into this model: call unmerge_lora first")
+    require_unmerged(model)
     if adapted_layers(model):
         raise ValueError(
-            "this model has LoRA already: call remove_lora to take it out, or "
-            "merge_lora and go on from the merged weights"
+            "this model has LoRA already: call remove_lora to take it out, "
+            "or merge_lora and go on from the merged weights"
         )
+
+
+def require_unmerged(model):
+    if is_merged(model):
+        raise ValueError("LoRA is merged into this model: unmerge_lora it first")
 
 
 def remove_lora(model):
@@ -172,16 +176,17 @@ def remove_lora(model):
 
     Modules trained in full keep what they learnt. A model without LoRA stays as it is.
     """
-    if is_merged(model):
-        raise ValueError("LoRA is merged into this model: call unmerge_lora first")
-    swap(model, {layer: layer.linear for layer in adapted_layers(model).values()})
+    require_unmerged(model)
+    layers = adapted_layers(model).values()
+    swap(model, {layer: layer.linear for layer in layers})
     return model
 
 
 def print_parameters(model):
     """Print how many parameters are trained, how many there are, and the percentage."""
     trainable, total = count_parameters(model)
-    print(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    share = trainable / total
+    print(f"trainable: {trainable:,} of {total:,} parameters ({share:.2%})")
 
 
 # Merging
@@ -195,7 +200,8 @@ def merged_weight(layer):
     """W + scale · (A B)ᵀ (for Conv1D without the ᵀ), summed in float32 or wider, in W's dtype."""
     lora, weight = layer.lora, layer.linear.weight.detach()
     wide = torch.promote_types(lora.A.dtype, torch.float32)
-    update = lora.scale * (lora.A.detach().to(wide) @ lora.B.detach().to(wide))
+    A, B = lora.A.detach().to(wide), lora.B.detach().to(wide)
+    update = lora.scale * (A @ B)
     if not is_conv1d(layer.linear):
         update = update.T
     return (weight.to(update.dtype) + update).to(weight.dtype)
@@ -209,23 +215,24 @@ def merge_lora(model):
     it was, if there is nothing to merge, it is merged already, or a merged weight is not finite.
     """
     if is_merged(model):
-        raise ValueError("LoRA is merged already: merging again would add it twice")
+        raise ValueError("LoRA is merged already: again would add it twice")
     layers = adapted_layers(model)
     if not layers:
-        raise ValueError("this model has no LoRA to merge: call apply_lora or load_adapter")
-    weights = {name: merged_weight(layer) for name, layer in layers.items()}
-    for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
-            raise ValueError(
-                f"{name}: the merged weight has infinite or missing values, "
-                "the training has diverged; nothing was merged"
-            )
+        raise ValueError("there is no LoRA to merge: apply or load one first")
+    weights = {name: merged_weight(old) for name, old in layers.items()}
+    check_finite(weights, "the training has diverged; nothing was merged")
     kept = [(layer, layer.linear.weight) for layer in layers.values()]
     for name, layer in layers.items():
         layer.linear.weight = nn.Parameter(weights[name], requires_grad=False)
     swap(model, {layer: layer.linear for layer in layers.values()})
-    model._merged_lora = kept  # a plain attribute: no submodule, no entry in the state_dict
+    model._merged_lora = kept  # plain attribute: not in the state_dict
     return model
+
+
+def check_finite(tensors, why):
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} has infinite or missing values: {why}")
 
 
 def unmerge_lora(model):

@@ -14,17 +14,24 @@ from safetensors.torch import save
 
 from appendix_e import SCALINGS
 from lora_adapters import (
-    Adapter, full_tensors, read_json, read_tensors, set_adapter, take_adapter, write_files,
+    Adapter, full_tensors, read_json, read_tensors, set_adapter, stored, take_adapter,
+    write_files,
 )
 from lora_layers import Conv1DWithLoRA, adapted_layers
 
-PEFT_WEIGHTS, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_SETTINGS = "adapter_config.json"
 PREFIX = "base_model.model."
-NOT_PLAIN = {  # settings of PEFT that change what the tensors mean: the value of plain LoRA
-    "use_dora": False, "lora_bias": False, "bias": "none", "use_qalora": False, "use_bdlora": None,
-    "layer_replication": None, "target_parameters": None, "trainable_token_indices": None,
-    "alora_invocation_tokens": None, "arrow_config": None, "velora_config": None,
-    "kasa_config": None, "monteclora_config": None,
+NOT_PLAIN = (  # settings of PEFT that make the tensors mean something else
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication",
+    "target_parameters", "trainable_token_indices", "arrow_config",
+    "alora_invocation_tokens", "velora_config", "kasa_config",
+    "monteclora_config",
+)
+PEFT_DEFAULTS = {
+    "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None,
+    "inference_mode": True, "bias": "none", "init_lora_weights": True,
+    "use_dora": False,
 }
 
 
@@ -38,7 +45,8 @@ def export_peft(model, folder):
     head included. Raises ValueError as `take_adapter`.
     """
     adapter = take_adapter(model)
-    tensors = {PREFIX + name: t for name, t in saved_in_full(model, adapter).items()}
+    full = saved_in_full(model, adapter)
+    tensors = {PREFIX + name: tensor for name, tensor in full.items()}
     for name in adapter.layers:
         for part in "AB":
             tensor = adapter.tensors[f"{name}.lora.{part}"]
@@ -52,31 +60,27 @@ def export_peft(model, folder):
 
 def peft_settings(model, adapter):
     """Return the content of adapter_config.json; layers of another rank or scale go to the patterns."""
-    rslora = all(s["scaling"] == "alpha/sqrt(rank)" for s in adapter.layers.values())
-    alphas = {name: peft_alpha(settings, rslora) for name, settings in adapter.layers.items()}
-    ranks = {name: settings["rank"] for name, settings in adapter.layers.items()}
+    layers = adapter.layers
+    rslora = all(s["scaling"] == "alpha/sqrt(rank)" for s in layers.values())
+    alphas = {n: peft_alpha(s, rslora) for n, s in layers.items()}
+    ranks = {n: s["rank"] for n, s in layers.items()}
     r, lora_alpha = most_common(ranks), most_common(alphas)
-    layers = adapted_layers(model)
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
+    kind, adapted = type(model), adapted_layers(model)
+    conv1d = [isinstance(old, Conv1DWithLoRA) for old in adapted.values()]
+    return PEFT_DEFAULTS | {
         "auto_mapping": {
-            "base_model_class": type(model).__name__, "parent_library": type(model).__module__,
+            "base_model_class": kind.__name__,
+            "parent_library": kind.__module__,
         },
-        "base_model_name_or_path": None,
-        "inference_mode": True,
         "r": r,
         "lora_alpha": lora_alpha,
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
-        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != lora_alpha},
+        "rank_pattern": {n: v for n, v in ranks.items() if v != r},
+        "alpha_pattern": {n: v for n, v in alphas.items() if v != lora_alpha},
         "use_rslora": rslora,
-        "lora_dropout": max(settings["dropout"] for settings in adapter.layers.values()),
-        "target_modules": short_names(model, layers),
-        "modules_to_save": sorted({n.rpartition(".")[0] for n in full_tensors(adapter)}) or None,
-        "fan_in_fan_out": any(isinstance(layer, Conv1DWithLoRA) for layer in layers.values()),
-        "bias": "none",
-        "init_lora_weights": True,
-        "use_dora": False,
+        "lora_dropout": max(s["dropout"] for s in layers.values()),
+        "target_modules": short_names(model, adapted),
+        "modules_to_save": modules_in_full(adapter) or None,
+        "fan_in_fan_out": any(conv1d),
     }
 
 
@@ -98,30 +102,40 @@ def short_names(model, layers):
     PEFT adapts every module whose name is, or ends after a point in, one of these. Where ends cannot
     tell (only one of `a` and `b.a`), return a regular expression of whole names, which PEFT takes too.
     """
-    names = [name for name, _ in model.named_modules() if name.rpartition(".")[0] not in layers]
-    chosen = {layer: [end for end in ends(layer) if only_in(layers, names, end)] for layer in layers}
-    if not all(chosen.values()):
-        return "|".join(re.escape(layer) for layer in layers)
-    return sorted({found[0] for found in chosen.values()})
+    names = [name for name, _ in model.named_modules()]
+    names = [name for name in names if name.rpartition(".")[0] not in layers]
+    chosen = set()
+    for layer in layers:
+        found = [end for end in ends(layer) if only_in(layers, names, end)]
+        if not found:
+            return "|".join(re.escape(layer) for layer in layers)
+        chosen.add(found[0])
+    return sorted(chosen)
 
 
 def ends(name):
-    """c, b.c, a.b.c for the name a.b.c"""
+    """c, b.c, a.b.c for the name a.b.c, without those that begin with a number, which says little"""
     parts = name.split(".")
-    return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+    found = [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+    return [end for end in found if not end[0].isdigit()] or [name]
 
 
 def only_in(layers, names, end):
-    return all(name in layers for name in names if f".{name}".endswith(f".{end}"))
+    met = [name for name in names if f".{name}".endswith(f".{end}")]
+    return all(name in layers for name in met)
 
 
 def saved_in_full(model, adapter):
     """Return every parameter of the modules of which one was trained in full: PEFT saves modules whole."""
-    modules = {name.rpartition(".")[0] for name in full_tensors(adapter)}
-    return {
-        f"{module}.{name}": parameter.detach().cpu().clone()
-        for module in modules for name, parameter in model.get_submodule(module).named_parameters()
-    }
+    saved = {}
+    for module in modules_in_full(adapter):
+        for name, parameter in model.get_submodule(module).named_parameters():
+            saved[f"{module}.{name}"] = stored(parameter)
+    return saved
+
+
+def modules_in_full(adapter):
+    return sorted({n.rpartition(".")[0] for n in full_tensors(adapter)})
 
 
 # Reading
@@ -134,23 +148,26 @@ def import_peft(model, folder):
     Raises FileNotFoundError or ValueError, with `model` as it was, for a missing or damaged file,
     another method than plain LoRA, or layers and shapes that do not fit.
     """
-    config = read_json(folder, PEFT_SETTINGS, "PEFT's save_pretrained writes it")
+    remedy = "save_pretrained of PEFT writes it"
+    config = read_json(folder, PEFT_SETTINGS, remedy)
     check_plain_lora(config)
     path = Path(folder, PEFT_WEIGHTS)
     if not path.exists():
         raise FileNotFoundError(
-            f"no {PEFT_WEIGHTS} in {folder}: older .bin files are pickles, which can run "
-            "code when read; save the adapter again with a newer PEFT"
+            f"no {PEFT_WEIGHTS} in {folder}: older .bin files are pickles, "
+            "which can run code; save the adapter again with a newer PEFT"
         )
     return set_adapter(model, adapter_from_peft(config, read_tensors(path)))
 
 
 def check_plain_lora(config):
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"this is a {config.get('peft_type')} adapter of PEFT: only LORA can be read")
-    for key, plain in NOT_PLAIN.items():
-        if config.get(key, plain) not in (plain, None, False):
-            raise ValueError(f"the adapter uses PEFT's {key} ({config[key]!r}): only plain LoRA can be read")
+        kind = config.get("peft_type")
+        raise ValueError(f"PEFT's {kind} adapter: only LORA can be read")
+    used = [key for key in NOT_PLAIN if config.get(key)]
+    used += ["bias"] * (config.get("bias", "none") != "none")
+    if used:
+        raise ValueError(f"only plain LoRA can be read, not PEFT's {used[0]}")
 
 
 def adapter_from_peft(config, tensors):
@@ -165,16 +182,19 @@ def adapter_from_peft(config, tensors):
                 name, tensor = f"{layer}.lora.{part}", tensor.T.contiguous()
         ours[name] = tensor
     if not layers:
-        raise ValueError("there is no lora_A.weight among the tensors: not a LoRA adapter of PEFT")
+        raise ValueError("no tensor is a lora_A.weight: not PEFT's LoRA")
     return Adapter(layers, ours)
 
 
 def layer_settings(config, layer):
     """Return rank, alpha, scaling and dropout of one layer, by PEFT's patterns or defaults."""
+    scalings = ("alpha/rank", "alpha/sqrt(rank)")
     return {
         "rank": by_pattern(config.get("rank_pattern"), layer, config["r"]),
-        "alpha": by_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"]),
-        "scaling": "alpha/sqrt(rank)" if config.get("use_rslora") else "alpha/rank",
+        "alpha": by_pattern(
+            config.get("alpha_pattern"), layer, config["lora_alpha"]
+        ),
+        "scaling": scalings[bool(config.get("use_rslora"))],
         "dropout": config.get("lora_dropout", 0.0),
     }
 

@@ -129,7 +129,7 @@ def no_rank(content):
     (lambda folder: (folder / SETTINGS_FILE).write_text("{", encoding="utf-8"), "damaged"),
     (lambda folder: (folder / SETTINGS_FILE).write_text("[]", encoding="utf-8"), "no settings"),
     (lambda folder: damage_settings(folder, lambda c: c.update(format="2")), "format"),
-    (lambda folder: damage_settings(folder, lambda c: c.pop("layers")), "format"),
+    (lambda folder: damage_settings(folder, lambda c: c.pop("layers")), "layers"),
     (lambda folder: damage_settings(folder, lambda c: c.update(layers={})), "settings"),
     (lambda folder: damage_settings(folder, no_rank), "out_head"),
     (lambda folder: damage_settings(folder, other_rank), r"out_head\.lora\.A is \(24, 3\)"),
@@ -164,7 +164,7 @@ def test_another_base_model_is_refused(tmp_path):
 
 def test_other_shapes_and_missing_layers_are_named(tmp_path):
     save_adapter(trained(train_in_full="head"), tmp_path)
-    with pytest.raises(ValueError, match=r"out_head\.bias is \(2,\) in the adapter, \(5,\) in the model"):
+    with pytest.raises(ValueError, match=r"out_head\.bias is \(2,\) in the adapter, \(5,\) by"):
         load_adapter(small_gpt(classes=5), tmp_path)
     with pytest.raises(ValueError, match=r"trf_blocks\.0\.att\.W_query"):
         load_adapter(nn.Sequential(nn.Linear(3, 3)), tmp_path)
@@ -183,7 +183,7 @@ def test_an_adapted_model_takes_only_the_same_layers_and_ranks(tmp_path):
 
 def test_a_merged_or_plain_model_has_no_adapter_to_save(tmp_path):
     for model in (small_gpt(), merge_lora(trained())):
-        with pytest.raises(ValueError, match="save"):
+        with pytest.raises(ValueError, match=r"to save|unmerge_lora"):
             save_adapter(model, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -306,6 +306,7 @@ def test_the_export_is_what_peft_itself_writes(tmp_path):
     assert ours["base_model.model.trf_blocks.0.att.W_query.lora_A.weight"].shape == (3, 24)
     ours, theirs = (json.loads((tmp_path / who / "adapter_config.json").read_text(encoding="utf-8"))
                     for who in ("ours", "theirs"))
+    theirs["target_modules"].sort()  # a set in PEFT
     assert {key: theirs[key] for key in ours} == ours
     assert (ours["r"], ours["lora_alpha"]) == (3, 6)  # the printed scale alpha is alpha · rank / rank
     assert ours["target_modules"] == ["W_query", "W_value"] and ours["modules_to_save"] == ["out_head"]

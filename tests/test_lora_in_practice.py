@@ -1,5 +1,6 @@
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from lora_in_practice import (
     print_parameters, remove_lora, unmerge_lora,
 )
 
-PUBLIC = ("apply_lora merge_lora unmerge_lora save_adapter load_adapter export_peft import_peft "
-          "count_parameters").split()
+PUBLIC = ("apply_lora", "merge_lora", "unmerge_lora", "save_adapter", "load_adapter", "export_peft",
+          "import_peft", "count_parameters")
 TARGETS = ("all", "query", ("query", "value"), "mlp", ("projection", "head"), "trf_blocks.0.*")
 SMALL = {"vocab_size": 60, "context_length": 16, "emb_dim": 24, "n_heads": 4, "n_layers": 2,
          "drop_rate": 0.0, "qkv_bias": True}
@@ -196,7 +197,7 @@ def test_unmerge_undoes_merge_exactly(targets, rank, alpha, scaling, dtype):
     bias=st.booleans(), dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_merged_layers_of_any_shape_give_the_same_output(widths, rank, bias, dtype):
-    layers = [nn.Linear(i, o, bias=bias) for i, o in zip(widths, widths[1:], strict=False)]
+    layers = [nn.Linear(i, o, bias=bias) for i, o in pairwise(widths)]
     model = nn.Sequential(*layers).to(dtype)
     train_a_little(apply_lora(model, rank, 2.0))
     x = torch.randn(5, widths[0], dtype=dtype)

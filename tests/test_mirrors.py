@@ -19,6 +19,7 @@ PAIRS = {
 # What stands in one of the two only, and why.
 STEP = "a step of the command line's job, which the notebook does cell by cell"
 DRAWING = "draws or measures something in the notebook alone"
+TRY_OUT = "tries a definition out, in the notebook alone"
 ALLOWED = {
     "appendix_e": {
         "load_pretrained": STEP, "prepare_datasets": STEP, "make_loaders": STEP, "accuracy_by_part": STEP,
@@ -26,7 +27,14 @@ ALLOWED = {
         "describe_machine": STEP, "run_main_job": STEP, "main_job_arguments": STEP, "main": STEP,
         "matrix_box": DRAWING, "path_arrow": DRAWING, "accuracy_by_loader": DRAWING, "relative_change": DRAWING,
     },
+    "lora_in_practice": {
+        "small_model": TRY_OUT, "pretend_training": TRY_OUT, "update": TRY_OUT, "seconds": TRY_OUT,
+        "versus": TRY_OUT,
+    },
 }
+
+# A notebook whose module only gathers others (and a command line) mirrors those that it teaches.
+PARTS = {"lora_in_practice": ("lora_layers", "lora_adapters", "lora_peft", "lora_evaluation")}
 
 BOOK_NAMES = {
     "ch04": """GPT_CONFIG_124M DummyGPTModel DummyTransformerBlock DummyLayerNorm LayerNorm GELU FeedForward
@@ -40,7 +48,7 @@ BOOK_NAMES = {
         plot_values classify_review""",
     "appendix_e": "LoRALayer LinearWithLoRA replace_linear_with_lora",
     "lora_in_practice": """apply_lora merge_lora unmerge_lora save_adapter load_adapter export_peft
-        import_peft count_parameters""",
+        import_peft""",  # count_parameters is appendix E's
 }
 SHARED_NAMES = {  # a chapter's own version under a name that an earlier chapter has, and why
     "calc_loss_batch": "chapter 6's loss reads the last token only",
@@ -51,8 +59,9 @@ SHARED_NAMES = {  # a chapter's own version under a name that an earlier chapter
 
 
 def module_source(module):
-    folder = PAIRS[module].split("/")[0]
-    return (REPOSITORY / folder / f"{module}.py").read_text(encoding="utf-8")
+    folder = REPOSITORY / PAIRS[module].split("/")[0]
+    files = [folder / f"{name}.py" for name in PARTS.get(module, (module,))]
+    return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def notebook_source(module):
