@@ -101,7 +101,7 @@ def expected_hash(asset, path):
     record = record_of(path)
     if asset.sha256 or not record.exists():
         return asset.sha256
-    return record.read_text(encoding="utf-8").split()[0]
+    return next(iter(record.read_text(encoding="utf-8").split()), None)
 
 
 def write_record(path, sha256):
@@ -113,6 +113,8 @@ def write_record(path, sha256):
 def fault(asset, file, expected):
     """Return what is wrong with a complete file, None if nothing is."""
     size = file.stat().st_size
+    if size == 0:
+        return "an empty file"
     with open(file, "rb") as start:
         if re.match(rb"\s*<(!doctype html|html)", start.read(200), re.IGNORECASE):
             return LOGIN_PAGE

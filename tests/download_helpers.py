@@ -95,7 +95,7 @@ def in_child(code, **options):
     return subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL, **options)
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened"

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 import book_assets
 import book_downloads
 from book_assets import (
-    ASSETS, EMBEDDED_MODEL, Asset, Choice, choose_assets, get_tokenizer, in_cache, is_quick,
+    ASSETS,
+    EMBEDDED_MODEL,
+    Asset,
+    Choice,
+    choose_assets,
+    get_tokenizer,
+    in_cache,
+    is_quick,
 )
 
 HEX = re.compile(r"[0-9a-f]{64}")

@@ -14,7 +14,16 @@ import download_helpers
 from book_assets import Asset
 from book_downloads import DownloadError, fetch
 from download_helpers import (
-    DATA, SHA256, ZEROS, ZEROS_SHA256, asset, assert_fetched, files, in_child, unpinned, wait_until,
+    DATA,
+    SHA256,
+    ZEROS,
+    ZEROS_SHA256,
+    assert_fetched,
+    asset,
+    files,
+    in_child,
+    unpinned,
+    wait_until,
 )
 from misbehaving_server import PIECE, Server
 
@@ -88,7 +97,7 @@ def test_killed_before_the_renaming_then_nothing_is_transferred(server, patience
 def test_eight_processes_at_once_end_with_one_good_file(server, tmp_path):
     wanted = asset(server.url("a.bin", "slow"))
     children = [in_child(f"print(fetch({wanted!r}, {str(tmp_path)!r}))") for _ in range(8)]
-    assert [child.wait(60) for child in children] == [0] * 8
+    assert [child.wait(180) for child in children] == [0] * 8
     assert_fetched(tmp_path / "a.bin")
     assert [request.sent for request in server.requests] == [len(DATA)]
 
@@ -116,6 +125,12 @@ def test_an_unpinned_file_put_there_by_hand_is_recorded(tmp_path):
 def test_an_unpinned_file_of_another_size_is_refused(server, patience, tmp_path):
     with pytest.raises(DownloadError, match="offers 667,705 bytes instead of 99"):
         fetch(unpinned(server.url("a.bin"), size=99), tmp_path, patience)
+
+
+def test_an_empty_file_is_refused(server, patience, tmp_path):
+    with pytest.raises(DownloadError, match="an empty file"):
+        fetch(unpinned(server.url("a.bin", "status=200")), tmp_path, patience)
+    assert files(tmp_path) == []
 
 
 def test_an_unpinned_file_is_continued_by_its_etag(server, patience, tmp_path):
@@ -211,7 +226,7 @@ def read_only(folder, monkeypatch):
 def test_500_megabytes_pass_through_little_memory(server, tmp_path):
     big = Asset("big", "zeros.bin", (server.url("zeros.bin"),), len(ZEROS), ZEROS_SHA256, "none")
     child = in_child(f"fetch({big!r}, {str(tmp_path)!r}); print(peak() - before)", stdout=subprocess.PIPE)
-    more = int(child.communicate(timeout=120)[0])
+    more = int(child.communicate(timeout=300)[0])
     size = (tmp_path / "zeros.bin").stat().st_size
     (tmp_path / "zeros.bin").unlink()
     assert size == len(ZEROS)

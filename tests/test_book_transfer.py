@@ -13,7 +13,7 @@ import book_transfer
 import download_helpers
 from book_downloads import DownloadError, fetch
 from book_transfer import Rejected
-from download_helpers import DATA, asset, assert_fetched, files
+from download_helpers import DATA, assert_fetched, asset, files
 
 naps, patience, haste = download_helpers.naps, download_helpers.patience, download_helpers.haste
 running_server, server = download_helpers.running_server, download_helpers.server
