@@ -26,7 +26,7 @@ import torch
 
 import benchmark_report
 from benchmark_sides import CONFIG, SIDES, TINY, serve
-from fast_training import choose_precision, length_batches
+from fast_training import PRECISIONS, choose_precision, length_batches
 
 BATCH, PROMPT = 8, 4
 
@@ -83,9 +83,13 @@ def strata(items, count, key):
     return [items[int((number + 0.5) * len(items) / count)] for number in range(count)]
 
 
-def measure_machine(device, side=4096 if torch.cuda.is_available() else 2048):
-    """Return the best float32 matrix product (FLOP/s) and memory reading (bytes/s) of several tries."""
+def measure_machine(device, side):
+    """Return the best matrix products (FLOP/s) and memory reading (bytes/s) of several tries.
+
+    "flops" is in the precision that ours and transformers train in, "float32_flops" in the book's.
+    """
     square = torch.randn(side, side, device=device)
+    low = square.to(PRECISIONS[choose_precision(device)])
     long, vector = torch.randn(65536, 1024, device=device), torch.randn(65536, device=device)
 
     def best(work):
@@ -100,6 +104,7 @@ def measure_machine(device, side=4096 if torch.cuda.is_available() else 2048):
 
     return {
         "float32_flops": 2 * side**3 / best(lambda: square @ square),
+        "flops": 2 * side**3 / best(lambda: low @ low),
         "bytes_per_second": 4 * long.numel() / min(best(lambda: vector @ long), best(long.sum)),
     }
 
@@ -240,7 +245,7 @@ def main(argv=None):
     began, device = time.perf_counter(), torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    machine = measure_machine(device, side=256 if args.tiny else 2048)
+    machine = measure_machine(device, 256 if args.tiny else 8192 if device.type == "cuda" else 2048)
     benchmark = Benchmark(args)
     for part in args.parts:
         print(f"{time.perf_counter() - began:.0f} s: {part}", file=sys.stderr)

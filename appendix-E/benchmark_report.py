@@ -35,7 +35,8 @@ def finish(report, config):
     values = {(row["what"], row["side"]): row["value"] for row in rows}
     for row in rows:
         if flops := row.pop("floor", None):
-            row["floor_share"] = row["value"] * flops / machine["float32_flops"]
+            peak = machine["float32_flops" if row["side"] == "book" else "flops"]
+            row["floor_share"] = row["value"] * flops / peak
         if batch := row.pop("token_floor", None):
             row["floor_share"] = row["value"] / batch * token_seconds(config, machine, batch)
         faster = (lambda a, b: a / b) if row["unit"].endswith("/s") else (lambda a, b: b / a)
@@ -56,7 +57,7 @@ def table(report):
         f"ours and transformers compute in {report['precision']}.",
     ]
     if not any(row["side"] == "hf" for row in report["rows"]):
-        lines.append("Without transformers and peft: pip install transformers peft for the third side.")
+        lines.append("The third side did not run; if it is missing: pip install transformers peft.")
     header = "| | side | median | times the book's | times transformers + PEFT | share of the floor |"
     lines += ["", header, "|---|---|--:|--:|--:|--:|"]
     for row in report["rows"]:

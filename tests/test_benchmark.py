@@ -1,0 +1,102 @@
+"""The benchmark's arithmetic: floors, ratios, epochs and the table. No timing is asserted."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import benchmark
+import benchmark_report
+from benchmark_sides import RANK, SIDES, TINY, Book, Fast, peak_memory
+from gpt_download import load_gpt2
+
+MACHINE = {"float32_flops": 1e9, "flops": 2e9, "bytes_per_second": 4e9}
+SMALL = {**TINY, "vocab_size": 300, "context_length": 64}
+
+
+def report(*rows):
+    machine = {**MACHINE, "processor": "cpu", "device": "cpu", "threads": 2, "torch": "2"}
+    messages = {"count": 10, "data": "some", "mean_tokens": 30, "longest": 120, "padding": 0.1}
+    rows = [{"unit": "examples/s", **row} for row in rows]
+    return {"machine": machine, "messages": messages, "precision": "float32", "seconds": 60.0, "rows": rows}
+
+
+def test_the_floor_counts_the_last_block_once_a_message():
+    config = {"emb_dim": 10, "n_layers": 2}
+    one_token = benchmark_report.message_flops(config, [[1]])
+    assert one_token == 2 * 2 * 1200  # every block whole: the token is the last one too
+    assert benchmark_report.message_flops(config, [[1] * 3]) == 2 * 1200 * 3 + 2 * (3 * 200 + 1000)
+
+
+def test_a_token_costs_reading_the_weights_or_the_products():
+    config = {"emb_dim": 10, "n_layers": 2, "vocab_size": 60}
+    weights = 2 * 1200 + 600
+    assert benchmark_report.token_seconds(config, MACHINE, 1) == pytest.approx(2 * weights / 1e9)
+    slow_memory = {**MACHINE, "bytes_per_second": 1e9}
+    assert benchmark_report.token_seconds(config, slow_memory, 1) == pytest.approx(4 * weights / 1e9)
+    assert benchmark_report.token_seconds(config, slow_memory, 8) == pytest.approx(16 * weights / 1e9)
+
+
+def test_ratios_are_above_one_for_the_better_side():
+    result = report(
+        {"what": "training", "side": "book", "value": 2.0, "floor": 1e8},
+        {"what": "training", "side": "ours", "value": 8.0, "floor": 1e8},
+        {"what": "memory", "side": "book", "value": 400.0, "unit": "MiB"},
+        {"what": "memory", "side": "ours", "value": 100.0, "unit": "MiB"},
+    )
+    benchmark_report.finish(result, TINY)
+    assert [row.get("times_book") for row in result["rows"]] == [None, 4.0, None, 4.0]
+    assert [row.get("floor_share") for row in result["rows"]] == [0.2, 0.4, None, None]
+
+
+def test_the_table_marks_extrapolations_and_a_missing_side():
+    row = {"what": "generation", "side": "book", "value": 2.0, "extrapolated": True}
+    text = benchmark_report.table(report(row))
+    assert "~2 examples/s" in text and "pip install transformers peft" in text
+
+
+def test_the_plot_is_written(tmp_path):
+    result = report(*({"what": "training", "side": side, "value": 2.0} for side in ("book", "ours")))
+    benchmark_report.finish(result, TINY)
+    benchmark_report.plot(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_an_epoch_contains_its_evaluations():
+    messages = SimpleNamespace(train=range(80), validation=range(20), batches=range(10))
+    rate = benchmark.Benchmark.epoch_rate
+    assert rate(messages, "ours", 1.0, 0.5) == pytest.approx(80 / (10 * 1.0 + 20 * 0.5))
+    assert rate(messages, "book", 1.0, 0.5) == pytest.approx(80 / (10 * 1.0 + 8 * 12 * 0.5))
+
+
+def test_strata_are_spread_evenly():
+    assert benchmark.strata(range(100), 4, key=int) == [12, 37, 62, 87]
+
+
+def test_random_weights_are_a_readable_gpt2(tmp_path):
+    benchmark_report.write_weights(tmp_path, SMALL)
+    settings, params = load_gpt2(tmp_path, "safetensors")
+    assert settings["n_embd"] == 32 and len(params["blocks"]) == 2
+    assert params["wte"].shape == (300, 32)
+
+
+def test_book_and_ours_train_the_same_number_of_parameters():
+    counts = []
+    for kind in (Book, Fast):
+        side = kind(torch.device("cpu"), SMALL, width=20)
+        side.start_training()
+        loss = side.step([np.arange(5, dtype=np.int32), np.arange(9, dtype=np.int32)])
+        assert np.isfinite(loss)
+        counts.append(sum(p.numel() for p in side.model.parameters() if p.requires_grad))
+    assert counts[0] == counts[1] == RANK * (2 * (4 * 64 + 2 * 160) + 34)
+
+
+def test_every_side_has_what_the_benchmark_calls():
+    for side in SIDES.values():
+        assert all(hasattr(side, name) for name in ("step", "evaluate", "generate", "load", "start_training"))
+
+
+def test_memory_is_plausible():
+    peak = peak_memory()
+    assert peak is None or 10**7 < peak < 10**12
