@@ -17,8 +17,9 @@ from nbclient import NotebookClient
 def execute(path):
     """Run the notebook at `path` in place and keep only the metadata that every machine has."""
     notebook = nbformat.read(path, as_version=4)
+    folder = {"metadata": {"path": str(path.parent)}}
     NotebookClient(
-        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        notebook, timeout=None, kernel_name="python3", coalesce_streams=True, resources=folder
     ).execute()
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from conftest import REPOSITORY
 
 MODULES = ["ch04", "ch05", "gpt_download", "ch06", "appendix_e", "lora_in_practice"]

@@ -8,6 +8,7 @@ import sys
 import xml.etree.ElementTree as ET
 
 import pytest
+
 from conftest import NOTEBOOK_LINES, REPOSITORY
 
 NOTEBOOKS = sorted(
@@ -19,8 +20,8 @@ ids = [path.name for path in NOTEBOOKS]
 
 
 def cells(path, kind="code"):
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind and "".join(cell["source"]).strip()]
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in found if cell["cell_type"] == kind and "".join(cell["source"]).strip()]
 
 
 def marked(path, marker):

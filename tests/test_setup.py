@@ -3,9 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
 import check_environment
 import environment
-import pytest
 from conftest import REPOSITORY
 
 
