@@ -29,8 +29,14 @@ def tiny_gpt(tiny_config):
 )
 def test_counts_of_1000_draws_from_nine_words(temperature, counts):
     torch.manual_seed(123)
+    books_draws = torch.empty(1).exponential_().item() == pytest.approx(0.4603, abs=5e-5)
+    torch.manual_seed(123)
     drawn = [sample_token(NINE_LOGITS[None], temperature).item() for _ in range(1000)]
-    assert np.bincount(drawn, minlength=len(WORDS)).tolist() == counts
+    ours = np.bincount(drawn, minlength=len(WORDS))
+    if books_draws:
+        assert ours.tolist() == counts
+    expected = 1000 * (NINE_LOGITS / temperature).softmax(dim=-1).numpy()  # where seed 123 draws others
+    assert (np.abs(ours - expected) < 5 * np.sqrt(expected) + 1).all()
 
 
 def test_probabilities_of_the_top_three_words():
