@@ -141,7 +141,7 @@ def load_gpt2_params_from_tf_ckpt(ckpt_path, settings):
     for name, array in arrays.items():
         path = name.split("/")[1:]
         store(params, path, array[0] if path[-1] == "w" else array)  # w has a leading 1
-    return complete(params, ckpt_path)
+    return require_complete(params, ckpt_path)
 
 
 def load_gpt2_params_from_safetensors(path, settings):
@@ -159,7 +159,7 @@ def load_gpt2_params_from_safetensors(path, settings):
     for name, array in tensors.items():
         if WEIGHT_NAME.fullmatch(name):  # others: causal masks, the tied output head
             store(params, openai_path(name), array)
-    return complete(params, path)
+    return require_complete(params, path)
 
 
 def openai_path(name):
@@ -185,7 +185,7 @@ def store(params, path, array):
     target[rest[-1]] = np.asarray(array, dtype=np.float32)
 
 
-def complete(params, origin):
+def require_complete(params, origin):
     """Return `params`, or raise ValueError naming what is missing."""
     missing = [name for name in ("wte", "wpe", "g", "b") if name not in params]
     for number, block in enumerate(params["blocks"]):
