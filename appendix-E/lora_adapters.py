@@ -18,7 +18,13 @@ from torch import nn
 
 from appendix_e import SCALINGS, freeze
 from lora_layers import (
-    adapted_layers, check_finite, find_layers, remove_lora, require_unmerged, swap, with_lora,
+    adapted_layers,
+    check_finite,
+    find_layers,
+    remove_lora,
+    require_unmerged,
+    swap,
+    with_lora,
 )
 
 ADAPTER_FORMAT = "lora-in-practice/1"

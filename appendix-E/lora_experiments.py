@@ -20,11 +20,18 @@ from book_assets import get_tokenizer
 from ch04 import pick_device
 from ch06 import unfreeze_last_block
 from fast_training import fit, prepare
-from lora_classifier import (
-    LoRASettings, accuracies, book_split, build_classifier, context_length, encode_split, finetune,
-    model_size, balanced_messages,
-)
 from lora_adapters import stored, write_files
+from lora_classifier import (
+    LoRASettings,
+    accuracies,
+    balanced_messages,
+    book_split,
+    build_classifier,
+    context_length,
+    encode_split,
+    finetune,
+    model_size,
+)
 
 
 @dataclass(frozen=True)

@@ -22,22 +22,60 @@ from book_downloads import DownloadError
 from ch04 import pick_device
 from ch06 import save_classifier
 from lora_adapters import (
-    Adapter, combine_adapters, fingerprint, load_adapter, read_adapter, save_adapter, set_adapter,
+    Adapter,
+    combine_adapters,
+    fingerprint,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+    set_adapter,
     take_adapter,
 )
 from lora_classifier import (
-    CLASSES, PARTS, LoRASettings, accuracies, book_split, build_classifier, classify, context_length,
-    encode_split, finetune, guesses, load_classifier_adapter, model_size, balanced_messages,
+    CLASSES,
+    PARTS,
+    LoRASettings,
+    accuracies,
+    balanced_messages,
+    book_split,
+    build_classifier,
+    classify,
+    context_length,
+    encode_split,
+    finetune,
+    guesses,
+    load_classifier_adapter,
+    model_size,
     save_classifier_adapter,
 )
 from lora_evaluation import (
-    bootstrap, confusion_matrix, find_leaks, interval_table, masked, plot_confusion, scores,
-    split_without_leaks, wrong_messages,
+    bootstrap,
+    confusion_matrix,
+    find_leaks,
+    interval_table,
+    masked,
+    plot_confusion,
+    scores,
+    split_without_leaks,
+    wrong_messages,
 )
 from lora_experiments import METHODS, Method, compare, plot_costs, plot_ranks, step_memory, summary
 from lora_layers import (
-    ROLES, Conv1DWithLoRA, adapted_layers, apply_lora, find_layers, is_conv1d, is_merged, matches,
-    merge_lora, merged_weight, print_parameters, remove_lora, swap, unmerge_lora, with_lora,
+    ROLES,
+    Conv1DWithLoRA,
+    adapted_layers,
+    apply_lora,
+    find_layers,
+    is_conv1d,
+    is_merged,
+    matches,
+    merge_lora,
+    merged_weight,
+    print_parameters,
+    remove_lora,
+    swap,
+    unmerge_lora,
+    with_lora,
 )
 from lora_peft import export_peft, import_peft
 

@@ -14,7 +14,13 @@ from safetensors.torch import save
 
 from appendix_e import SCALINGS
 from lora_adapters import (
-    Adapter, full_tensors, read_json, read_tensors, set_adapter, stored, take_adapter,
+    Adapter,
+    full_tensors,
+    read_json,
+    read_tensors,
+    set_adapter,
+    stored,
+    take_adapter,
     write_files,
 )
 from lora_layers import Conv1DWithLoRA, adapted_layers

@@ -6,15 +6,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lora_in_practice import IDS, TARGETS, foreign, same_state, small_gpt, state, train_a_little
 from torch import nn
 
 from lora_adapters import SETTINGS_FILE, WEIGHTS_FILE
 from lora_in_practice import (
-    adapted_layers, apply_lora, combine_adapters, count_parameters, export_peft, fingerprint, import_peft,
-    load_adapter, merge_lora, merged_weight, read_adapter, remove_lora, save_adapter, set_adapter,
+    adapted_layers,
+    apply_lora,
+    combine_adapters,
+    count_parameters,
+    export_peft,
+    fingerprint,
+    import_peft,
+    load_adapter,
+    merge_lora,
+    merged_weight,
+    read_adapter,
+    remove_lora,
+    save_adapter,
+    set_adapter,
     take_adapter,
 )
+from test_lora_in_practice import IDS, TARGETS, foreign, same_state, small_gpt, state, train_a_little
 
 SCALING = st.sampled_from(["alpha", "alpha/rank", "alpha/sqrt(rank)"])
 FULL = st.sampled_from([(), "head", ("head", "final_norm")])

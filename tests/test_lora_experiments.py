@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lora_in_practice import same_state, state
 
 import ch06
 import lora_classifier
@@ -16,11 +15,30 @@ import lora_in_practice
 from book_assets import Choice
 from lora_experiments import choose_parameters, peak_of_allocations, read_runs
 from lora_in_practice import (
-    METHODS, LoRASettings, adapted_layers, bootstrap, build_classifier, classify, compare,
-    confusion_matrix, count_parameters, find_leaks, interval_table, load_classifier_adapter, main, masked,
-    plot_confusion, plot_costs, plot_ranks, read_adapter, scores, split_without_leaks, summary,
+    METHODS,
+    LoRASettings,
+    adapted_layers,
+    bootstrap,
+    build_classifier,
+    classify,
+    compare,
+    confusion_matrix,
+    count_parameters,
+    find_leaks,
+    interval_table,
+    load_classifier_adapter,
+    main,
+    masked,
+    plot_confusion,
+    plot_costs,
+    plot_ranks,
+    read_adapter,
+    scores,
+    split_without_leaks,
+    summary,
     wrong_messages,
 )
+from test_lora_in_practice import same_state, state
 
 CPU = torch.device("cpu")
 EMBEDDED = Choice("embedded", "embedded")

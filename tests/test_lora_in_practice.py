@@ -12,8 +12,16 @@ import lora_in_practice
 from appendix_e import LinearWithLoRA, LoRALayer, replace_linear_with_lora
 from ch04 import GPTModel
 from lora_in_practice import (
-    ROLES, Conv1DWithLoRA, adapted_layers, apply_lora, count_parameters, find_layers, merge_lora,
-    print_parameters, remove_lora, unmerge_lora,
+    ROLES,
+    Conv1DWithLoRA,
+    adapted_layers,
+    apply_lora,
+    count_parameters,
+    find_layers,
+    merge_lora,
+    print_parameters,
+    remove_lora,
+    unmerge_lora,
 )
 
 PUBLIC = ("apply_lora", "merge_lora", "unmerge_lora", "save_adapter", "load_adapter", "export_peft",
