@@ -6,6 +6,7 @@ random weights, which cost the same time as trained ones.
 """
 
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -133,8 +134,10 @@ class HuggingFace(Book):
     name = "transformers + PEFT"
 
     def hf_config(self, **more):
-        from transformers import GPT2Config
+        from transformers import GPT2Config, logging
 
+        logging.set_verbosity_error()
+        warnings.simplefilter("ignore")  # peft's, about the one Linear among Conv1D layers
         c = self.config
         return GPT2Config(
             vocab_size=c["vocab_size"], n_positions=c["context_length"], n_embd=c["emb_dim"],
