@@ -93,10 +93,12 @@ def bootstrap(labels, guesses, draws=2000, level=0.95, seed=123):
 def interval_table(results, draws=2000):
     """Return a DataFrame of texts such as "97.3 % (95.3 to 99.0)": a row for each of `results`.
 
-    `results` is {title: (labels, predicted classes)}; a further column says how many messages were judged.
+    `results` is {title: (labels, predicted classes)}; a further column says how many messages were judged. Without any there is no row.
     """
     rows = {}
     for title, (labels, predicted) in results.items():
+        if len(labels) == 0:
+            continue
         table = 100 * bootstrap(labels, predicted, draws)
         rows[title] = {"messages": len(labels)} | {
             name: f"{value:.1f} % ({low:.1f} to {high:.1f})"

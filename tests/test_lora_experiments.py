@@ -122,7 +122,8 @@ def test_bootstrap_intervals_are_seeded_hold_the_value_and_match_the_normal_one(
 def test_a_perfect_classifier_has_no_spread_and_no_wrong_messages():
     part = frame((0, "a"), (1, "b"), (1, "c"))
     labels = part["Label"].to_numpy()
-    many = np.tile(labels, 20)
+    many, none = np.tile(labels, 20), labels[:0]
+    assert len(interval_table({"all": (many, many), "none": (none, none)})) == 1
     assert interval_table({"all": (many, many)}).loc["all", "F1"] == "100.0 % (100.0 to 100.0)"
     assert wrong_messages(part, labels).empty
     wrong = wrong_messages(part, [0, 1, 0])
