@@ -33,8 +33,8 @@ class Book:
 
         torch.manual_seed(123)
         self.model = GPTModel(self.config)
-        freeze(self.model)
         self.model.out_head = nn.Linear(self.config["emb_dim"], 2)
+        freeze(self.model)
         replace_linear_with_lora(self.model, rank=RANK, alpha=RANK)
         self.model.to(self.device)
 
@@ -137,6 +137,7 @@ class HuggingFace(Book):
         from transformers import GPT2Config, logging
 
         logging.set_verbosity_error()
+        logging.disable_progress_bar()
         warnings.simplefilter("ignore")  # peft's, about the one Linear among Conv1D layers
         c = self.config
         return GPT2Config(

@@ -20,8 +20,8 @@ CPU = torch.device("cpu")
 def model(tiny_config):
     torch.manual_seed(123)
     model = GPTModel({**tiny_config, "vocab_size": 100})
-    freeze(model)
     model.out_head = nn.Linear(32, 2)
+    freeze(model)
     replace_linear_with_lora(model, rank=4, alpha=4)
     for module in model.modules():
         if hasattr(module, "lora"):
