@@ -129,7 +129,7 @@ def evaluate_command(args):
     print(interval_table(results).to_string())
     print("\nrow true, column predicted:", *confusion_matrix(labels, answers).tolist(), sep="\n")
     for row in wrong_messages(parts["test"], answers).itertuples():
-        print(f"{CLASSES[row.Label]}, not {CLASSES[row.Guess]}: {row.Text}")
+        print(f"{CLASSES[row.Label]} taken for {CLASSES[row.Guess]}: {row.Text}")
 
 
 def classify_command(args):
@@ -181,6 +181,13 @@ def compare_command(args):
 
 # The command line
 
+NUMBERS = {
+    "rank": "columns of A, rows of B", "alpha": "weight of the LoRA layers, see --scaling",
+    "dropout": "share of the LoRA branch's inputs dropped in training", "learning_rate": "AdamW's",
+    "weight_decay": "AdamW's", "epochs": "times through the training messages",
+    "batch_size": "messages a step", "seed": "of the head, LoRA's A and the order of messages",
+}
+
 
 def assets(text):
     """The type of --assets: it counts more than the variable LLM_ASSETS."""
@@ -210,16 +217,16 @@ def add_assets(sub, size=True):
     sub.add_argument("--assets", type=assets, default=default, metavar="WHICH",
                      help="book, embedded, or the two apart: model=embedded,data=book")
     if size:
-        sub.add_argument("--model-size", choices=("124M", "355M", "774M", "1558M"),
-                         help="which of OpenAI's models, where assets say model=book (default: 124M)")
+        sub.add_argument("--model-size", choices=("124M", "355M", "774M", "1558M"), default="124M",
+                         help="which of OpenAI's models, where assets say model=book")
 
 
 def add_finetune(commands):
     sub, defaults = command(commands, "finetune", finetune_command), LoRASettings()
     add_assets(sub)
-    for name in ("rank", "alpha", "dropout", "learning_rate", "weight_decay", "epochs", "batch_size", "seed"):
+    for name, text in NUMBERS.items():
         value = getattr(defaults, name)
-        sub.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=" ")
+        sub.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=text)
     sub.add_argument("--scaling", choices=SCALINGS, default=defaults.scaling, help="the factor of x A B")
     sub.add_argument("--targets", nargs="+", default=defaults.targets,
                      help=f"all, roles ({', '.join(ROLES)}) or name patterns")

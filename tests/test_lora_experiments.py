@@ -230,7 +230,8 @@ def test_finetune_writes_an_adapter_that_every_command_reads(params, capsys, mon
     assert [answer["text"] for answer in answers] == ["see you at home", "win a prize"]
     assert all(a["label"] in ("spam", "not spam") and 0.5 <= a["probability"] <= 1 for a in answers)
     main(["evaluate"])
-    assert "not seen in training" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "test part" in out and "row true, column predicted" in out
     main(["export-peft"])
     main(["merge"])
     model, _, _ = load_classifier_adapter("adapter", CPU)
