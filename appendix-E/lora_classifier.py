@@ -30,7 +30,7 @@ class LoRASettings:
     scaling: str = "alpha"
     dropout: float = 0.0
     train_in_full: tuple = ("head",)
-    learning_rate: float = 5e-5
+    learning_rate: float = 2e-4
     weight_decay: float = 0.1
     epochs: int = 5
     batch_size: int = 8

@@ -52,7 +52,7 @@ class Method:
 
 METHODS = (
     Method("LoRA as printed, rank 16", "lora", 5e-5, 16, train_in_full=()),
-    *(Method(f"LoRA, all layers, rank {rank}", "lora", 5e-5, rank) for rank in (1, 2, 4, 8, 16, 32)),
+    *(Method(f"LoRA, all layers, rank {rank}", "lora", 2e-4, rank) for rank in (1, 2, 4, 8, 16, 32)),
     Method("LoRA, query and value, rank 16", "lora", 2e-4, 16, ("query", "value")),
     Method("last layer", "layer", 5e-3),
     Method("last block", "block", 2e-4),
