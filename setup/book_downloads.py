@@ -17,9 +17,8 @@ from pooch import file_hash
 
 from book_archives import LARGEST, ArchiveError, copy_member, member_hash
 from book_assets import ASSETS, in_cache
-from book_transfer import LOGIN_PAGE, Patience, Rejected, Transfer
+from book_transfer import LOGIN_PAGE, PATIENCE, Rejected, Transfer
 
-PATIENCE = Patience()
 SPAM_SHA256 = ASSETS["sms-spam"].member.sha256
 
 

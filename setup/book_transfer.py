@@ -22,7 +22,8 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-CHUNK = 1 << 16
+from book_archives import CHUNK
+
 LOGIN_PAGE = "an HTML page instead of the file (a login page of the network?)"
 log = logging.getLogger(__name__)
 

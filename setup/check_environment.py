@@ -55,7 +55,7 @@ def check_chapters():
     return True, f"chapters: {', '.join(CHAPTER_MODULES)} can be imported"
 
 
-def report():
+def all_checks():
     """Return the checks as a list of (is it right, line), Python and platform first."""
     checks = [check_python(), *map(check_package, requirements()), check_chapters()]
     if checks[-1][0] and find_spec("torch"):
@@ -67,7 +67,7 @@ def report():
 
 def main():
     print(platform.platform())
-    checks = report()
+    checks = all_checks()
     for right, line in checks:
         print("ok     " if right else "MISSING", line)
     if all(right for right, _ in checks):

@@ -62,6 +62,7 @@ SHARED_NAMES = {  # a chapter's own version under a name that an earlier chapter
     "calc_loss_loader": "binds chapter 6's calc_loss_batch to chapter 5's body",
     "evaluate_model": "binds chapter 6's calc_loss_batch to chapter 5's body",
     "main": "every script has one",
+    "REPOSITORY": "the set-up scripts run before anything is installed, on any Python",
 }
 
 

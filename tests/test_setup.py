@@ -73,7 +73,7 @@ def test_a_failed_installation_is_not_taken_for_done(no_subprocess, monkeypatch)
 
 
 def test_the_environment_check_finds_everything_here():
-    checks = check_environment.report()
+    checks = check_environment.all_checks()
     assert [line for right, line in checks if not right] == []
     assert checks[-1][1].startswith("device: ")
 
