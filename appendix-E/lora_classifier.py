@@ -30,7 +30,7 @@ class LoRASettings:
     scaling: str = "alpha"
     dropout: float = 0.0
     train_in_full: tuple = ("head",)
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     weight_decay: float = 0.1
     epochs: int = 5
     batch_size: int = 8
@@ -78,16 +78,19 @@ def encode_split(parts, tokenizer, max_tokens):
 # Model
 
 
-def build_classifier(size, seed=123):
+def build_classifier(size, seed=123, pretrained=True):
     """Return (GPTModel with pretrained weights and a new two-class head, its configuration).
 
     `size` is tiny (the model of this repository) or one of OpenAI's 124M, 355M, 774M, 1558M. The
-    head is drawn with `seed`: an adapter that does not hold it needs the same one again.
+    head is drawn with `seed`: an adapter that does not hold it needs the same one again. So are all
+    weights without `pretrained`.
     """
     settings, params = download_and_load_gpt2(size, models_dir="gpt2")
     config = config_from_settings(settings)
+    torch.manual_seed(seed)
     model = GPTModel(config)
-    load_weights_into_gpt(model, params)
+    if pretrained:
+        load_weights_into_gpt(model, params)
     torch.manual_seed(seed)
     return add_classification_head(model, num_classes=len(CLASSES)), config
 

@@ -93,7 +93,8 @@ def bootstrap(labels, guesses, draws=2000, level=0.95, seed=123):
 def interval_table(results, draws=2000):
     """Return a DataFrame of texts such as "97.3 % (95.3 to 99.0)": a row for each of `results`.
 
-    `results` is {title: (labels, predicted classes)}; a further column says how many messages were judged. Without any there is no row.
+    `results` is {title: (labels, predicted classes)}. A column says how many messages were judged;
+    without any there is no row.
     """
     rows = {}
     for title, (labels, predicted) in results.items():

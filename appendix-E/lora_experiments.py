@@ -44,6 +44,7 @@ class Method:
     rank: int = 16
     targets: tuple = ("all",)
     train_in_full: tuple = ("head",)
+    pretrained: bool = True
 
     def settings(self, **changes):
         wanted = {key: getattr(self, key) for key in ("rank", "targets", "train_in_full", "learning_rate")}
@@ -52,11 +53,12 @@ class Method:
 
 METHODS = (
     Method("LoRA as printed, rank 16", "lora", 5e-5, 16, train_in_full=()),
-    *(Method(f"LoRA, all layers, rank {rank}", "lora", 2e-4, rank) for rank in (1, 2, 4, 8, 16, 32)),
-    Method("LoRA, query and value, rank 16", "lora", 2e-4, 16, ("query", "value")),
+    *(Method(f"LoRA, all layers, rank {rank}", "lora", 1e-4, rank) for rank in (1, 2, 4, 8, 16, 32)),
+    Method("LoRA, query and value, rank 16", "lora", 1e-4, 16, ("query", "value")),
     Method("last layer", "layer", 5e-3),
     Method("last block", "block", 2e-4),
-    Method("all weights", "full", 5e-5),
+    Method("all weights", "full", 1e-4),
+    Method("LoRA, rank 16, on random weights", "lora", 1e-4, pretrained=False),
 )
 
 
@@ -150,7 +152,7 @@ def run_method(method, seed, size, split, device, epochs):
 
 
 def prepared(method, settings, size, device):
-    model, _ = build_classifier(size, settings.seed)
+    model, _ = build_classifier(size, settings.seed, method.pretrained)
     choose_parameters(model, method, settings.seed)
     return prepare(model, settings.training(), device)
 
@@ -159,7 +161,7 @@ def prepared(method, settings, size, device):
 
 
 def compare(
-    choice, output, methods=METHODS, seeds=(1, 2, 3), size=None, epochs=3, device=None, quick=False,
+    choice, output, methods=METHODS, seeds=(1, 2, 3), size=None, epochs=5, device=None, quick=False,
     report=print,
 ):
     """Train every method with every seed and return a DataFrame, a row a run.

@@ -268,7 +268,7 @@ def add_compare(commands):
     sub = command(commands, "compare", compare_command)
     add_assets(sub)
     sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run a method and seed")
-    sub.add_argument("--epochs", type=int, default=3, help="times through the training messages")
+    sub.add_argument("--epochs", type=int, default=5, help="times through the training messages")
     sub.add_argument("--methods", nargs="+", help="only those with one of these words in their title")
     sub.add_argument("--learning-rates", type=float, nargs="+",
                      help="try each method with each of these, to choose by validation accuracy")

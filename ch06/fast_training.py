@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
@@ -32,14 +33,17 @@ class FastSettings:
 
     `accumulate` batches make one optimizer step. `max_tokens` bounds the tokens computed at once: a
     longer batch is split, with the same gradient and less memory; None is 512 on a CPU, whose caches
-    then hold a layer's results, and no bound elsewhere.
+    then hold a layer's results, and no bound elsewhere. Messages are sorted by length within `pool`
+    batches (see `length_batches`). With `decay` the learning rate falls linearly to zero.
     """
 
     epochs: int = 5
     batch_size: int = 8
     learning_rate: float = 5e-5
+    decay: bool = True
     weight_decay: float = 0.1
     seed: int = 123
+    pool: int = 4
     precision: str = "auto"
     fused_attention: bool = True
     compile: bool = False
@@ -75,7 +79,7 @@ def encode_messages(texts, tokenizer, max_tokens):
     return [np.array(ids, dtype=np.int32) for ids in encoded]
 
 
-def length_batches(lengths, batch_size, seed, pool=16):
+def length_batches(lengths, batch_size, seed, pool=4):
     """Return index arrays that cover `lengths` once, messages of similar length together.
 
     The messages are shuffled, cut into pools of `pool` batches, sorted by length within each pool, and
@@ -282,31 +286,38 @@ class TrainingRun:
             fused=device.type in ("cpu", "cuda"),
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
-        self.data_seconds = 0.0
+        self.data_seconds, self.done, self.steps = 0.0, 0, 1
 
     def epoch(self, encoded, labels, seed):
         self.model.train()
         labels = torch.as_tensor(labels)
-        batches = length_batches([len(ids) for ids in encoded], self.settings.batch_size, seed)
-        groups = range(0, len(batches), self.settings.accumulate)
+        lengths, settings = [len(ids) for ids in encoded], self.settings
+        batches = length_batches(lengths, settings.batch_size, seed, settings.pool)
+        groups = range(0, len(batches), settings.accumulate)
+        self.steps = settings.epochs * len(groups)
         losses = [
-            self.step(encoded, labels, batches[start : start + self.settings.accumulate]) for start in groups
+            self.step(encoded, labels, batches[start : start + settings.accumulate])
+            for start in groups
         ]
         self.history.losses += torch.stack(losses).tolist()  # only here does a GPU have to be waited for
 
     def step(self, encoded, labels, batches):
         """One optimizer step on the mean loss of the messages in `batches`, which is returned, ()."""
         count, total = sum(len(indices) for indices in batches), 0.0
-        parts = [split(encoded, indices, self.settings, self.device) for indices in batches]
-        for indices in sum(parts, []):
+        parts = (split(encoded, indices, self.settings, self.device) for indices in batches)
+        for indices in chain.from_iterable(parts):
             began = time.perf_counter()
             ids, lengths = padded(encoded, indices, self.device)
             targets = labels[indices].to(self.device)
             self.data_seconds += time.perf_counter() - began
             total = total + self.backward(ids, lengths, targets, count)
+        if self.settings.decay:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate * (1 - self.done / self.steps)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        self.done += 1
         return total
 
     def backward(self, ids, lengths, targets, count):
@@ -323,11 +334,11 @@ def predict(model, encoded, device, settings=FastSettings()):
     order = np.argsort([-len(ids) for ids in encoded], kind="stable")  # the longest first
     size = settings.eval_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    parts = sum([split(encoded, indices, settings, device) for indices in batches], [])
+    parts = (split(encoded, indices, settings, device) for indices in batches)
     was_training, results = model.training, []
     model.eval()
     with torch.inference_mode(), autocast(device, precision):
-        for indices in parts:
+        for indices in chain.from_iterable(parts):
             logits = last_token_logits(model, *padded(encoded, indices, device))
             results.append(logits.float().cpu())
     model.train(was_training)

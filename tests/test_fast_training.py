@@ -9,8 +9,16 @@ import fast_training
 from appendix_e import freeze, replace_linear_with_lora
 from ch04 import GPTModel
 from fast_training import (
-    FastSettings, Packing, choose_precision, encode_messages, fit, last_token_logits, length_batches,
-    padded, predict, prepare,
+    FastSettings,
+    Packing,
+    choose_precision,
+    encode_messages,
+    fit,
+    last_token_logits,
+    length_batches,
+    padded,
+    predict,
+    prepare,
 )
 
 CPU = torch.device("cpu")
@@ -114,6 +122,17 @@ def test_training_learns_and_leaves_frozen_weights_alone(model):
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
 
+@pytest.mark.parametrize("decay, expected", [(True, [1, 0.75, 0.5, 0.25]), (False, [1, 1, 1, 1])])
+def test_the_learning_rate_falls_linearly_to_zero_if_asked(model, messages, decay, expected):
+    settings = FastSettings(epochs=2, batch_size=4, learning_rate=1.0, decay=decay)
+    run = fast_training.TrainingRun(model, settings, CPU, fast_training.History())
+    rates = []
+    run.optimizer.step = lambda *_: rates.append(run.optimizer.param_groups[0]["lr"])
+    for seed in (1, 2):
+        run.epoch(messages, [0, 1] * 4, seed)
+    assert rates == expected
+
+
 def test_the_seed_decides_the_run(model, messages):
     start = {name: value.clone() for name, value in model.state_dict().items()}
     runs = []
@@ -162,7 +181,7 @@ def test_batches_cover_every_message_once(count, size):
 
 def test_batches_group_similar_lengths_and_change_with_the_seed():
     lengths = np.random.default_rng(0).integers(1, 120, 800)
-    first, same, other = (length_batches(lengths, 8, seed) for seed in (1, 1, 2))
+    first, same, other = (length_batches(lengths, 8, seed, pool=16) for seed in (1, 1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(first, same))
     assert {tuple(sorted(b)) for b in first}.isdisjoint({tuple(sorted(b)) for b in other})
     assert np.mean([np.ptp(lengths[batch]) for batch in first]) < 20
