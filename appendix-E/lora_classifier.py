@@ -15,6 +15,7 @@ from fast_training import FastSettings, encode_messages, fit, predict, prepare
 from gpt_download import download_and_load_gpt2
 from lora_adapters import load_adapter, read_adapter, save_adapter
 from lora_layers import apply_lora
+from pretrain_tiny import initialise
 
 CLASSES = ("not spam", "spam")
 PARTS = ("train", "validation", "test")
@@ -82,15 +83,17 @@ def build_classifier(size, seed=123, pretrained=True):
     """Return (GPTModel with pretrained weights and a new two-class head, its configuration).
 
     `size` is tiny (the model of this repository) or one of OpenAI's 124M, 355M, 774M, 1558M. The
-    head is drawn with `seed`: an adapter that does not hold it needs the same one again. So are all
-    weights without `pretrained`.
+    head is drawn with `seed`: an adapter that does not hold it needs the same one again. Without
+    `pretrained` the weights are those that GPT-2's pretraining begins with, drawn with `seed`.
     """
     settings, params = download_and_load_gpt2(size, models_dir="gpt2")
     config = config_from_settings(settings)
-    torch.manual_seed(seed)
     model = GPTModel(config)
+    torch.manual_seed(seed)
     if pretrained:
         load_weights_into_gpt(model, params)
+    else:
+        initialise(model)
     torch.manual_seed(seed)
     return add_classification_head(model, num_classes=len(CLASSES)), config
 

@@ -58,7 +58,7 @@ METHODS = (
     Method("last layer", "layer", 5e-3),
     Method("last block", "block", 2e-4),
     Method("all weights", "full", 1e-4),
-    Method("LoRA, rank 16, on random weights", "lora", 1e-4, pretrained=False),
+    Method("LoRA as printed, random weights", "lora", 5e-5, 16, train_in_full=(), pretrained=False),
 )
 
 
