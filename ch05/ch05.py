@@ -123,6 +123,20 @@ def generate_and_print_sample(model, tokenizer, device, start_context):
     model.train()
 
 
+def with_progress(loader, label, progress=True):
+    """Yield the batches of `loader` behind a progress bar, unless `progress` or TQDM_DISABLE hides it.
+
+    tqdm(loader) would start the loader twice, which draws random numbers and changes the training.
+    """
+    if not progress or os.environ.get("TQDM_DISABLE"):
+        yield from loader
+        return
+    with tqdm(total=len(loader), desc=label, leave=False) as bar:
+        for batch in loader:
+            yield batch
+            bar.update()
+
+
 def train_model_simple(
     model, train_loader, val_loader, optimizer, device, num_epochs,
     eval_freq, eval_iter, start_context, tokenizer, progress=True,
@@ -136,8 +150,8 @@ def train_model_simple(
     tokens_seen, global_step = 0, -1
     for epoch in range(num_epochs):
         model.train()
-        bar = tqdm(train_loader, f"epoch {epoch + 1}", leave=False) if progress else train_loader
-        for input_batch, target_batch in bar:
+        batches = with_progress(train_loader, f"epoch {epoch + 1}", progress)
+        for input_batch, target_batch in batches:
             optimizer.zero_grad()
             loss = calc_loss_batch(input_batch, target_batch, model, device)
             loss.backward()

@@ -4,7 +4,6 @@
 Shapes in comments: B batch, T tokens, C classes. Accuracies are fractions between 0 and 1.
 """
 
-import os
 from itertools import islice
 
 import pandas as pd
@@ -245,10 +244,8 @@ def train_classifier_simple(
     examples_seen, global_step = 0, -1
     for epoch in range(num_epochs):
         model.train()
-        bar = train_loader
-        if progress and not os.environ.get("TQDM_DISABLE"):
-            bar = tqdm(train_loader, f"epoch {epoch + 1}", leave=False)
-        for input_batch, target_batch in bar:
+        batches = ch05.with_progress(train_loader, f"epoch {epoch + 1}", progress)
+        for input_batch, target_batch in batches:
             optimizer.zero_grad()
             loss = calc_loss_batch(input_batch, target_batch, model, device)
             loss.backward()

@@ -296,8 +296,20 @@ def test_the_progress_bar_can_be_silenced(tiny_gpt, tiny_loader, tokenizer, monk
     monkeypatch.setattr(ch05, "generate_and_print_sample", lambda *arguments: None)
     assert bar_of() == ""  # conftest sets TQDM_DISABLE=1
     monkeypatch.setattr(ch05, "tqdm", ShownBar)
+    monkeypatch.delenv("TQDM_DISABLE")
     assert "epoch 1" in bar_of()
     assert bar_of(progress=False) == ""
+
+
+def test_the_progress_bar_draws_no_random_numbers(monkeypatch):
+    loader = torch.utils.data.DataLoader(range(20), batch_size=4, shuffle=True)
+    seen = []
+    for hidden in (True, False):
+        monkeypatch.setenv("TQDM_DISABLE", "1" if hidden else "")
+        torch.manual_seed(123)
+        epochs = [torch.cat(list(ch05.with_progress(loader, "epoch"))) for _ in range(2)]
+        seen.append(torch.cat([*epochs, torch.randint(1000, (4,))]))
+    assert torch.equal(*seen)
 
 
 def test_the_loss_plot_shows_both_losses_and_is_saved_only_where_asked(tmp_path, monkeypatch):
@@ -307,7 +319,7 @@ def test_the_loss_plot_shows_both_losses_and_is_saved_only_where_asked(tmp_path,
     values = torch.linspace(0, 2, 3), [512, 1024, 1536], [9.0, 7.0, 6.0], [9.5, 8.0, 7.5]
     fig = plot_losses(*values)
     lower, upper = fig.axes
-    assert [line.get_ydata() for line in lower.lines] == [values[2], values[3]]
+    assert [list(line.get_ydata()) for line in lower.lines] == [values[2], values[3]]
     assert [text.get_text() for text in lower.get_legend().get_texts()] == ["training", "validation"]
     assert upper.get_xlabel() == "tokens seen" and upper.get_xlim()[1] > 1536
     assert list(tmp_path.iterdir()) == [] and plt.get_fignums() == []
