@@ -66,7 +66,7 @@ def all_checks():
 
 
 def main():
-    print(platform.platform())
+    print(platform.system(), platform.machine())
     checks = all_checks()
     for right, line in checks:
         print("ok     " if right else "MISSING", line)
