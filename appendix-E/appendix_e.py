@@ -233,7 +233,7 @@ def train_with_lora(model, loaders, device, args):
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
     results = train_classifier_simple(
         model, loaders["train"], loaders["validation"], optimizer, device,
-        num_epochs=args.epochs, eval_freq=50, eval_iter=5,
+        num_epochs=args.epochs, eval_freq=50, eval_iter=5, progress=sys.stderr.isatty(),
     )
     names = ("train_losses", "val_losses", "train_accs", "val_accs", "examples_seen")
     curves = dict(zip(names, results, strict=True))
