@@ -44,7 +44,7 @@ def read_member(archive, member):
             with opened.open(info) as stream:
                 while chunk := stream.read(CHUNK):
                     yield chunk
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ArchiveError(f"a damaged zip archive ({error})") from error
 
 
