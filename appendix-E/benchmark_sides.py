@@ -1,4 +1,4 @@
-"""The three sides that `benchmark.py` times, each with the same methods on the same messages.
+"""The sides that `benchmark.py` times, each with the same methods on the same messages.
 
 (a) `Book`: chapters 4 to 6 and appendix E as printed. (b) `Fast`: `fast_training` and the key-value
 cache. (c) `HuggingFace`: transformers and PEFT at their best. The model has GPT-2 small's shape and
@@ -85,30 +85,50 @@ class Book:
         generate(self.model, self.prompt(batch, length), new_tokens, self.config["context_length"])
 
     def load(self, folder):
+        """Read the weights and compute a token with them: until then a side may only have mapped the file."""
         from ch05 import load_weights_into_gpt
         from gpt_download import load_gpt2
 
-        model = GPTModel(self.config)
+        model = GPTModel(self.config).eval()
         load_weights_into_gpt(model, load_gpt2(folder, "safetensors")[1])
         self.model = model.to(self.device)
+        self.generate(1, 1, 1)
+
+    def memory(self, messages):
+        """Peak bytes while training on `messages` once: on a GPU what torch allocated, else the process."""
+        self.start_training()
+        self.step(messages[:1])
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.step(messages)
+            return torch.cuda.max_memory_allocated(self.device)
+        forget_peak()
+        self.step(messages)
+        return peak_memory()
 
 
 class Fast(Book):
     """The fast path of this repository."""
 
-    name = "ours"
+    name, compile = "ours", False
 
     def start_training(self):
         from fast_training import FastSettings, History, TrainingRun, keep_freed_memory, prepare
 
-        keep_freed_memory()
         self.build_classifier()
-        settings = FastSettings(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, progress=False)
+        settings = FastSettings(
+            learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, compile=self.compile, progress=False
+        )
         prepare(self.model, settings, self.device).train()
+        keep_freed_memory()
         self.run = TrainingRun(self.model, settings, self.device, History())
 
     def step(self, messages):
         return self.run.step(messages, torch.arange(len(messages)) % 2, [np.arange(len(messages))]).item()
+
+    def data_seconds(self):
+        """Seconds that all steps so far have spent on padding messages and moving them to the device."""
+        return self.run.data_seconds
 
     def evaluate(self, messages):
         from fast_training import predict
@@ -126,6 +146,12 @@ class Fast(Book):
 
         prompt, context = self.prompt(batch, length), self.config["context_length"]
         generate(self.model, prompt, new_tokens, context, use_cache=True)
+
+
+class Compiled(Fast):
+    """The fast path's training step under torch.compile."""
+
+    name, compile = "ours, compiled", True
 
 
 class HuggingFace(Book):
@@ -208,7 +234,8 @@ class HuggingFace(Book):
     def load(self, folder):
         from transformers import GPT2LMHeadModel
 
-        self.model = GPT2LMHeadModel.from_pretrained(folder).to(self.device)
+        self.model = GPT2LMHeadModel.from_pretrained(folder).to(self.device).eval()
+        self.generate(1, 1, 1)
 
 
 def peak_memory():
@@ -231,21 +258,8 @@ def forget_peak():
         pass
 
 
-def memory_of_step(side, messages):
-    """Peak bytes while training on `messages` once: on a GPU what torch allocated, else the process."""
-    side.start_training()
-    side.step(messages[:1])
-    if side.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(side.device)
-        side.step(messages)
-        return torch.cuda.max_memory_allocated(side.device)
-    forget_peak()
-    side.step(messages)
-    return peak_memory()
-
-
 def serve(connection, name, device, config, threads):
-    """A process of its own for one side: receive (method, arguments), send (seconds, result) or the error."""
+    """A process of its own for one side: receive (method, arguments), send (seconds, number) or the error."""
     if threads:
         torch.set_num_threads(threads)
     side = SIDES[name](torch.device(device), config)
@@ -253,12 +267,13 @@ def serve(connection, name, device, config, threads):
         method, args = job
         began = time.perf_counter()
         try:
-            result = memory_of_step(side, *args) if method == "memory" else getattr(side, method)(*args)
+            result = getattr(side, method)(*args)
             if side.device.type == "cuda":
                 torch.cuda.synchronize()
-            connection.send((time.perf_counter() - began, result if method == "memory" else None))
+            number = result if isinstance(result, (int, float)) else None
+            connection.send((time.perf_counter() - began, number))
         except Exception as error:
             connection.send(error)
 
 
-SIDES = {"book": Book, "ours": Fast, "hf": HuggingFace}
+SIDES = {"book": Book, "ours": Fast, "hf": HuggingFace, "compiled": Compiled}

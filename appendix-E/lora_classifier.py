@@ -112,27 +112,28 @@ def context_length(model):
 # Training and answers
 
 
-def finetune(model, split, settings, device, progress=True):
+def finetune(model, split, settings, device, progress=True, **fast):
     """Train what requires a gradient on split["train"]; return fast_training's `History`.
 
-    `split` comes from `encode_split`. The model goes to `device` and is left in eval mode.
+    `split` comes from `encode_split`; `fast` are further fields of `FastSettings`, such as precision.
+    The model goes to `device` and is left in eval mode.
     """
-    training = settings.training(progress=progress)
+    training = settings.training(progress=progress, **fast)
     prepare(model, training, device)
     history = fit(model, split["train"], split["validation"], training, device)
     model.eval()
     return history
 
 
-def guesses(model, encoded, device):
+def guesses(model, encoded, device, precision="auto"):
     """Return the predicted classes (N,) of encoded messages, on the CPU."""
-    return predict(model, encoded, device).argmax(dim=1)
+    return predict(model, encoded, device, FastSettings(precision=precision)).argmax(dim=1)
 
 
-def accuracies(model, split, device):
-    """Return {part: share of right answers, 0 to 1}."""
+def accuracies(model, split, device, precision="auto"):
+    """Return {part: share of right answers, 0 to 1}; `precision` is the one of the training."""
     return {
-        name: (guesses(model, encoded, device) == labels).float().mean().item()
+        name: (guesses(model, encoded, device, precision) == labels).float().mean().item()
         for name, (encoded, labels) in split.items()
     }
 

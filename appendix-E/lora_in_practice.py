@@ -21,6 +21,7 @@ from book_assets import choose_assets, get_tokenizer, is_quick
 from book_downloads import DownloadError
 from ch04 import pick_device
 from ch06 import save_classifier
+from fast_training import PRECISIONS, FastSettings
 from lora_adapters import (
     Adapter,
     combine_adapters,
@@ -107,13 +108,15 @@ def finetune_command(args):
     split = encode_split(parts, get_tokenizer(), context_length(model))
     settings.adapt(model)
     print_parameters(model)
-    history = finetune(model, split, settings, device, progress=sys.stderr.isatty())
+    fast = {name: getattr(args, name) for name in FAST}
+    history = finetune(model, split, settings, device, progress=sys.stderr.isatty(), **fast)
     for epoch, accuracy in enumerate(history.accuracies, start=1):
         print(f"epoch {epoch}: validation accuracy {accuracy:.2%}")
-    for part, accuracy in accuracies(model, split, device).items():
+    for part, accuracy in accuracies(model, split, device, args.precision).items():
         print(f"{part:<10} {accuracy:.2%}")
     folder = save_classifier_adapter(model, args.output, size, choice, settings)
-    print(f"{history.seconds:.0f} s of training; adapter written to {folder}")
+    print(f"{history.seconds:.0f} s of training, {history.data_share:.1%} of it spent on data; "
+          f"adapter written to {folder}")
 
 
 def evaluate_command(args):
@@ -187,6 +190,12 @@ NUMBERS = {
     "weight_decay": "AdamW's", "epochs": "times through the training messages",
     "batch_size": "messages a step", "seed": "of the head, LoRA's A and the order of messages",
 }
+FAST = {  # fields of FastSettings
+    "precision": {"choices": ("auto", *PRECISIONS), "help": "of products and frozen weights"},
+    "accumulate": {"type": int, "help": "batches that make one optimizer step"},
+    "gradient_checkpointing": {"action": "store_true", "help": "less memory, a third more time"},
+    "compile": {"action": "store_true", "help": "torch.compile: a minute of warm-up"},
+}
 
 
 def assets(text):
@@ -232,6 +241,9 @@ def add_finetune(commands):
                      help=f"all, roles ({', '.join(ROLES)}) or name patterns")
     sub.add_argument("--train-in-full", nargs="*", default=defaults.train_in_full,
                      help="modules to train themselves instead, by role or pattern; nothing: none")
+    for name, options in FAST.items():
+        default = getattr(FastSettings(), name)
+        sub.add_argument(f"--{name.replace('_', '-')}", default=default, **options)
     sub.add_argument("--output", type=Path, default=Path("adapter"), help="folder of the adapter")
 
 

@@ -1,10 +1,9 @@
 """The classifier's training and evaluation as fast as the machine allows, with the same weights.
 
 The printed loop pads every message to 120 tokens and reads the answer off a padding token. Here the
-real tokens of a batch are laid end to end, attention alone sees them message by message, and the
-answer is read at the last real token, which no padding can change. The model is chapter 4's, adapted
-by appendix E or not; only the order of computing differs.
-Shapes in comments: B messages, T the longest one's tokens, N the batch's real tokens, D width.
+real tokens of a batch are laid end to end (`packed_model`), and the answer is read at the last real
+token, which no padding can change. The model is chapter 4's, adapted by appendix E or not; only the
+order of computing differs. Shapes in comments: B messages, T the longest one's tokens.
 """
 
 import ctypes
@@ -17,12 +16,11 @@ from itertools import chain
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, layer_norm, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from ch04 import MultiHeadAttention
-from fast_lora import adapted_linears
+from packed_model import last_token_logits
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,9 +30,10 @@ class FastSettings:
     """How `fit` and `predict` run. `precision` "auto" asks the hardware; see `choose_precision`.
 
     `accumulate` batches make one optimizer step. `max_tokens` bounds the tokens computed at once: a
-    longer batch is split, with the same gradient and less memory; None is 512 on a CPU, whose caches
-    then hold a layer's results, and no bound elsewhere. Messages are sorted by length within `pool`
-    batches (see `length_batches`). With `decay` the learning rate falls linearly to zero.
+    longer batch is split, with the same gradient and less memory; None is, on a CPU, 512 in training
+    and 1024 in evaluation, and no bound elsewhere. Messages are sorted by length within `pool`
+    batches (see `length_batches`). With `decay` the learning rate falls linearly to zero. `compile`
+    hands the forward pass to torch.compile: a minute of warm-up, and a C++ compiler on a CPU.
     """
 
     epochs: int = 5
@@ -94,11 +93,16 @@ def length_batches(lengths, batch_size, seed, pool=4):
     return [batches[number] for number in rng.permutation(len(batches))]
 
 
-def split(encoded, indices, settings, device):
-    """Cut a batch into the fewest equal parts that have about `settings.max_tokens` tokens at most."""
-    bound = settings.max_tokens or (512 if device.type == "cpu" else float("inf"))
+def split(encoded, indices, bound):
+    """Cut a batch into the fewest equal parts that have about `bound` tokens at most."""
     tokens = sum(len(encoded[index]) for index in indices)
     return np.array_split(indices, min(len(indices), max(1, math.ceil(tokens / bound))))
+
+
+def tokens_at_once(settings, device, training):
+    """Return `settings.max_tokens`, or what was fastest: larger products, smaller than a CPU's caches."""
+    on_cpu = 512 if training else 1024
+    return settings.max_tokens or (on_cpu if device.type == "cpu" else math.inf)
 
 
 def padded(encoded, indices, device):
@@ -108,85 +112,6 @@ def padded(encoded, indices, device):
     for row, index in zip(ids, indices):
         row[: len(encoded[index])] = encoded[index]
     return torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)
-
-
-# The model on real tokens only
-
-
-class Packing:
-    """Where the real tokens of a right-padded batch stand once they are laid end to end."""
-
-    def __init__(self, lengths, width):
-        columns = torch.arange(width, device=lengths.device)
-        self.real = columns < lengths[:, None]  # (B, T)
-        self.shape = self.real.shape
-        self.index = self.real.flatten().nonzero().squeeze(1)  # (N,)
-        self.positions = self.index % width
-        self.last = lengths.cumsum(0) - 1  # (B,) the last real tokens' places
-        self.full = len(self.index) == self.real.numel()
-
-    def pack(self, x):
-        """(B, T, …) to (N, …)"""
-        x = x.flatten(0, 1)
-        return x if self.full else x.index_select(0, self.index)
-
-    def unpack(self, x):
-        """(N, D) to (B, T, D), zeros in the padding"""
-        if not self.full:
-            x = x.new_zeros(self.real.numel(), x.shape[1]).index_copy(0, self.index, x)
-        return x.view(*self.shape, -1)
-
-
-def adapted_linear(layer, x):
-    return adapted_linears((layer,), x)[0]
-
-
-def normalise(norm, x):
-    return layer_norm(x, norm.scale.shape, norm.scale, norm.shift, norm.eps)
-
-
-def attention(att, x, packing):
-    """Chapter 4's attention: x (N, D) to (N, D)."""
-    products = adapted_linears((att.W_query, att.W_key, att.W_value), x)
-    queries, keys, values = (att.split_heads(packing.unpack(product)) for product in products)
-    attend = att.attend_fused if att.fused else att.attend
-    context = attend(queries, keys, values).transpose(1, 2)  # (B, T, nh, hd)
-    return adapted_linear(att.out_proj, packing.pack(context).reshape(len(x), att.d_out))
-
-
-def last_attention(att, x, packing):
-    """The same at the last real tokens alone, which need everyone's keys and values: (N, D) to (B, D)."""
-    last = x[packing.last]
-    queries = att.split_heads(adapted_linear(att.W_query, last).unsqueeze(1))  # (B, nh, 1, hd)
-    products = adapted_linears((att.W_key, att.W_value), x)
-    keys, values = (att.split_heads(packing.unpack(product)) for product in products)
-    context = scaled_dot_product_attention(
-        queries, keys, values, attn_mask=packing.real[:, None, None, :],
-        dropout_p=att.dropout.p if att.training else 0.0,
-    )
-    return adapted_linear(att.out_proj, context.reshape(len(last), att.d_out))
-
-
-def block_output(block, x, packing, last_only=False):
-    """A transformer block on packed tokens: (N, D) to (N, D), or to (B, D) at the last real tokens."""
-    attend = last_attention if last_only else attention
-    context = attend(block.att, normalise(block.norm1, x), packing)
-    x = (x[packing.last] if last_only else x) + block.drop_resid(context)
-    up, gelu, down = block.ff.layers
-    hidden = gelu(adapted_linear(up, normalise(block.norm2, x)))
-    return x + block.drop_resid(adapted_linear(down, hidden))
-
-
-def last_token_logits(model, ids, lengths, checkpointing=False):
-    """Logits (B, classes) at each message's last real token, from right-padded ids (B, T)."""
-    packing = Packing(lengths, ids.shape[1])
-    x = model.tok_emb(packing.pack(ids)).float() + model.pos_emb(packing.positions).float()
-    x = model.drop_emb(x)  # (N, D), float32 from block to block in every precision
-    last_block = model.trf_blocks[-1]
-    for block in model.trf_blocks:
-        args = (block, x, packing, block is last_block)
-        x = checkpoint(block_output, *args, use_reentrant=False) if checkpointing else block_output(*args)
-    return adapted_linear(model.out_head, normalise(model.final_norm, x))
 
 
 # Precision and memory
@@ -304,7 +229,8 @@ class TrainingRun:
     def step(self, encoded, labels, batches):
         """One optimizer step on the mean loss of the messages in `batches`, which is returned, ()."""
         count, total = sum(len(indices) for indices in batches), 0.0
-        parts = (split(encoded, indices, self.settings, self.device) for indices in batches)
+        bound = tokens_at_once(self.settings, self.device, training=True)
+        parts = (split(encoded, indices, bound) for indices in batches)
         for indices in chain.from_iterable(parts):
             began = time.perf_counter()
             ids, lengths = padded(encoded, indices, self.device)
@@ -334,7 +260,8 @@ def predict(model, encoded, device, settings=FastSettings()):
     order = np.argsort([-len(ids) for ids in encoded], kind="stable")  # the longest first
     size = settings.eval_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    parts = (split(encoded, indices, settings, device) for indices in batches)
+    bound = tokens_at_once(settings, device, training=False)
+    parts = (split(encoded, indices, bound) for indices in batches)
     was_training, results = model.training, []
     model.eval()
     with torch.inference_mode(), autocast(device, precision):

@@ -10,16 +10,17 @@ from appendix_e import freeze, replace_linear_with_lora
 from ch04 import GPTModel
 from fast_training import (
     FastSettings,
-    Packing,
     choose_precision,
     encode_messages,
     fit,
-    last_token_logits,
     length_batches,
     padded,
     predict,
     prepare,
+    split,
+    tokens_at_once,
 )
+from packed_model import Packing, last_token_logits
 
 CPU = torch.device("cpu")
 
@@ -43,6 +44,13 @@ def messages():
     return [rng.integers(0, 100, length).astype(np.int32) for length in (1, 5, 9, 9, 17, 30, 64, 2)]
 
 
+@pytest.fixture(params=["message by message", "one padded batch"])
+def layout(request, monkeypatch):
+    """How attention takes the messages: the first is a CPU's way, the second a GPU's."""
+    if request.param == "one padded batch":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
 def printed_logits(model, messages):
     """Each message alone, without padding, through chapter 4's own forward."""
     return torch.cat([model(torch.tensor(ids[None].astype(np.int64)))[:, -1] for ids in messages])
@@ -54,7 +62,7 @@ def gradients(model, loss):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_logits_are_those_of_the_message_alone(model, messages, fused):
+def test_logits_are_those_of_the_message_alone(model, messages, fused, layout):
     expected = printed_logits(model, messages).detach()
     prepare(model, FastSettings(precision="float32", fused_attention=fused), CPU)
     result = predict(model, messages, CPU, FastSettings(precision="float32"))
@@ -62,13 +70,13 @@ def test_logits_are_those_of_the_message_alone(model, messages, fused):
 
 
 @pytest.mark.parametrize("size, bound", [(1, None), (3, None), (8, None), (8, 40), (8, 1)])
-def test_company_does_not_change_a_message(model, messages, size, bound):
+def test_company_does_not_change_a_message(model, messages, size, bound, layout):
     alone = predict(model, messages, CPU, FastSettings(precision="float32", eval_batch_size=1))
     settings = FastSettings(precision="float32", eval_batch_size=size, max_tokens=bound)
     torch.testing.assert_close(predict(model, messages, CPU, settings), alone, atol=1e-5, rtol=0)
 
 
-def test_what_stands_in_the_padding_does_not_matter(model, messages):
+def test_what_stands_in_the_padding_does_not_matter(model, messages, layout):
     ids, lengths = padded(messages, np.arange(8), CPU)
     noise = torch.randint(100, ids.shape).where(torch.arange(64) >= lengths[:, None], ids)
     assert torch.equal(last_token_logits(model, noise, lengths), last_token_logits(model, ids, lengths))
@@ -76,14 +84,14 @@ def test_what_stands_in_the_padding_does_not_matter(model, messages):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_gradients_are_those_of_the_printed_path(model, messages, checkpointing, fused):
+def test_gradients_are_those_of_the_printed_path(model, messages, checkpointing, fused, layout):
     expected = gradients(model, (printed_logits(model, messages) ** 2).sum())
     prepare(model, FastSettings(precision="float32", fused_attention=fused), CPU)
     logits = last_token_logits(model, *padded(messages, np.arange(8), CPU), checkpointing)
     torch.testing.assert_close(gradients(model, (logits**2).sum()), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_gradients_without_adapters_are_those_of_the_printed_path(tiny_config, messages):
+def test_gradients_without_adapters_are_those_of_the_printed_path(tiny_config, messages, layout):
     torch.manual_seed(123)
     model = GPTModel({**tiny_config, "vocab_size": 100})
     expected = gradients(model, (printed_logits(model, messages) ** 2).mean())
@@ -189,11 +197,20 @@ def test_batches_group_similar_lengths_and_change_with_the_seed():
     assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.3  # long ones come at any time
 
 
-def test_packing_and_unpacking_give_the_same_back():
+def test_taking_messages_apart_and_together_gives_the_same_back(layout):
     packing = Packing(torch.tensor([2, 4, 1]), 4)
     x = torch.randn(7, 3)
     assert torch.equal(packing.pack(packing.unpack(x)), x)
+    assert torch.equal(packing.together(packing.apart(x)), x)
+    assert len(packing.apart(x)) == len(packing.visible()) in (1, 3)
     assert packing.positions.tolist() == [0, 1, 0, 1, 2, 3, 0] and packing.last.tolist() == [1, 5, 6]
+
+
+@pytest.mark.parametrize("bound, parts", [(None, 1), (60, 3), (1, 8)])
+def test_a_batch_is_cut_into_few_parts_in_order(messages, bound, parts):
+    indices = np.arange(8)
+    cut = split(messages, indices, tokens_at_once(FastSettings(max_tokens=bound), CPU, training=True))
+    assert len(cut) == parts and np.concatenate(cut).tolist() == indices.tolist()
 
 
 def test_messages_are_cut_and_empty_ones_refused(tokenizer):
