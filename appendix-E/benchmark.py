@@ -1,10 +1,11 @@
 """Time the book's loop, this repository's fast path, and transformers + PEFT, side by side.
 
     python appendix-E/benchmark.py [--quick] [--json FILE] [--plot FILE] [--device cuda] [--data-dir DIR]
+    python appendix-E/benchmark.py --parts accuracy          # five seeds of either way, half an hour
 
 Every side runs in a process of its own; they take turns, round after round, and medians are reported.
 The messages have the real length distribution: the SMS Spam Collection's in DIR (or BOOK_DATA), else the
-embedded messages'. The model has GPT-2 small's shape. About ten minutes on two cores, two with --quick.
+embedded messages'. The model has GPT-2 small's shape. About ten minutes on two cores, three with --quick.
 A value with ~ is extrapolated: n tokens cost n times the token halfway, which flatters the book's loop,
 whose cost a token grows faster than its length.
 """
@@ -19,16 +20,19 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import benchmark_report
-from benchmark_sides import CONFIG, SIDES, TINY, serve
+from benchmark_sides import CONFIG, TINY, serve
 from fast_training import PRECISIONS, choose_precision, length_batches
 
 BATCH, PROMPT = 8, 4
+PARTS = ("training", "generation", "memory", "loading", "accuracy")
 
 
 class Side:
@@ -62,19 +66,19 @@ class Side:
 
 
 def find_messages(data_dir):
-    """Return (training messages, validation messages, name): token ids, balanced and split as printed."""
+    """Return `encode_split`'s training, validation and test part, and the data's name."""
     from book_assets import EMBEDDED_MESSAGES, get_tokenizer
-    from ch06 import create_balanced_dataset, random_split, read_messages
-    from fast_training import encode_messages
+    from ch06 import LABELS, create_balanced_dataset, read_messages
+    from lora_classifier import book_split, encode_split
 
     folder = Path(data_dir or os.environ.get("BOOK_DATA", "."))
     names = ("SMSSpamCollection.tsv", "SMSSpamCollection")
     found = [path for name in names for path in sorted(folder.glob(f"sms_spam_collection/{name}"))]
     found += [folder / name for name in names if (folder / name).is_file()]
-    path = found[0] if found else EMBEDDED_MESSAGES
-    split = random_split(create_balanced_dataset(read_messages(path)), 0.7, 0.1)
-    train, validation = (encode_messages(part["Text"], get_tokenizer(), 1024) for part in split[:2])
-    return train, validation, "SMS Spam Collection" if found else "embedded messages"
+    messages = create_balanced_dataset(read_messages(found[0] if found else EMBEDDED_MESSAGES))
+    messages["Label"] = messages["Label"].map(LABELS)
+    split = encode_split(book_split(messages), get_tokenizer(), 256)  # gpt2-tiny's context
+    return split, "SMS Spam Collection" if found else "embedded messages"
 
 
 def strata(items, count, key):
@@ -88,8 +92,8 @@ def measure_machine(device, side):
 
     "flops" is in the precision that ours and transformers train in, "float32_flops" in the book's.
     """
-    square = torch.randn(side, side, device=device)
-    low = square.to(PRECISIONS[choose_precision(device)])
+    square, precision = torch.randn(side, side, device=device), choose_precision(device)
+    low = square.to(PRECISIONS[precision])
     long, vector = torch.randn(65536, 1024, device=device), torch.randn(65536, device=device)
 
     def best(work):
@@ -102,9 +106,10 @@ def measure_machine(device, side):
             times.append(time.perf_counter() - began)
         return min(times)
 
+    float32 = best(lambda: square @ square)
     return {
-        "float32_flops": 2 * side**3 / best(lambda: square @ square),
-        "flops": 2 * side**3 / best(lambda: low @ low),
+        "float32_flops": 2 * side**3 / float32,
+        "flops": 2 * side**3 / (float32 if precision == "float32" else best(lambda: low @ low)),
         "bytes_per_second": 4 * long.numel() / min(best(lambda: vector @ long), best(long.sum)),
     }
 
@@ -113,43 +118,68 @@ class Benchmark:
     """The sides, the messages and what was measured: a list of rows (what, side, values, …)."""
 
     def __init__(self, args):
-        self.args, self.rows = args, []
-        self.train, self.validation, self.data = find_messages(args.data_dir)
+        self.args, self.rows, self.accuracies = args, [], []
+        self.split, self.data = find_messages(args.data_dir)
+        self.train, self.validation = self.split["train"][0], self.split["validation"][0]
         self.lengths = [len(ids) for ids in self.train]
         batches = length_batches(self.lengths, BATCH, seed=123)
         self.batches = [[self.train[index] for index in indices] for indices in batches]
         self.names = [name for name in args.sides if name != "hf" or has_hugging_face()]
-        self.sides = {name: Side(name, args) for name in self.names}
         self.rounds = 2 if args.quick else 5
-
-    def all(self, method, *arguments):
-        for side in self.sides.values():
-            side.do(method, *arguments)
 
     def row(self, what, side, values, unit, **more):
         self.rows.append({"what": what, "side": side, "value": statistics.median(values), "unit": unit,
                           "rounds": [float(f"{value:.5g}") for value in values], **more})
 
+    @contextmanager
+    def started(self, method, *arguments, names=None):
+        """Give the sides by name, each in its process and after `method`; end them afterwards."""
+        sides = {name: Side(name, self.args) for name in names or self.names}
+        try:
+            for side in sides.values():
+                side.do(method, *arguments)
+            yield sides
+        finally:
+            for side in sides.values():
+                side.close()
+
     def training(self):
         """Examples a second over an epoch of training steps and the evaluations that belong to it."""
         chosen = strata(self.batches, 3 if self.args.quick else 6, key=count_tokens)
         held_out = strata(self.validation, 16 if self.args.quick else 48, key=len)[::-1]  # the longest first
-        self.all("start_training")
-        for side in self.sides.values():  # warm-up
-            side.do("step", chosen[0])
-        times = {name: [] for name in self.names}
-        for _ in range(self.rounds):
-            for name, side in self.sides.items():
-                batches, messages = (chosen[:1], held_out[:BATCH]) if name == "book" else (chosen, held_out)
-                step = statistics.mean([side.seconds("step", batch) for batch in batches])
-                times[name].append((step, side.seconds("evaluate", messages) / len(messages)))
-        for name, pairs in times.items():
-            self.row("evaluation", name, [1 / evaluate for _, evaluate in pairs], "examples/s",
-                     floor=benchmark_report.message_flops(self.config, held_out) / len(held_out))
-            rates = [self.epoch_rate(name, *pair) for pair in pairs]
-            self.row("training, whole epoch", name, rates, "examples/s",
-                     floor=2 * benchmark_report.message_flops(self.config, self.train) / len(self.train))
-            self.row("training step", name, [step * 1e3 for step, _ in pairs], "ms")
+        names = [*self.names, *(["compiled"] if self.args.compile else [])]
+        steps, evaluations = {name: [] for name in names}, {name: [] for name in names}
+        with self.started("start_training", names=names) as sides:
+            for name, side in sides.items():
+                first = sum(side.seconds("step", batch) for batch in (chosen[0], chosen[-1]))
+                if name == "compiled":
+                    self.row("warm-up of torch.compile", name, [first], "s")
+            for _ in range(self.rounds):
+                for name, side in sides.items():
+                    alike = name == "book"  # padded, every batch costs it the same
+                    batches, messages = (chosen[:1], held_out[:BATCH]) if alike else (chosen, held_out)
+                    steps[name].append(statistics.mean([side.seconds("step", batch) for batch in batches]))
+                    evaluations[name].append(side.seconds("evaluate", messages) / len(messages))
+            if "ours" in sides:
+                self.data_share(sides["ours"], chosen)
+        one = benchmark_report.message_flops(self.config, held_out) / len(held_out)
+        epoch = 2 * benchmark_report.message_flops(self.config, self.train) / len(self.train)
+        step = 2 * statistics.mean(benchmark_report.message_flops(self.config, batch) for batch in chosen)
+        for name in names:
+            self.row("training step", name, steps[name], "s", flops=step)
+        for name in names:
+            rates = [self.epoch_rate(name, *pair) for pair in zip(steps[name], evaluations[name])]
+            self.row("training, whole epoch", name, rates, "examples/s", flops=epoch)
+        for name in names:
+            rates = [1 / seconds for seconds in evaluations[name]]
+            self.row("evaluation", name, rates, "examples/s", flops=one)
+
+    def data_share(self, side, batches):
+        """The part of a training step that waits for data."""
+        before = side.do("data_seconds")[1]
+        seconds = sum(side.seconds("step", batch) for batch in batches)
+        share = (side.do("data_seconds")[1] - before) / seconds
+        self.row("share of a step spent on data", "ours", [100 * share], "%")
 
     @property
     def config(self):
@@ -166,20 +196,20 @@ class Benchmark:
 
     def generation(self):
         """Tokens a second, greedy, from prompts of 4 tokens."""
-        self.all("start_generating")
-        for side in self.sides.values():  # warm-up
-            side.do("generate", 1, PROMPT, 2)
-        for batch in (1, BATCH):
-            for count in (20, 200) if self.args.quick else (20, 200, 800):
-                for name, values, extrapolated in self.generation_rates(batch, count):
-                    self.row(f"generation, {count} tokens, batch {batch}", name, values, "tokens/s",
-                             extrapolated=extrapolated, token_floor=batch)
+        with self.started("start_generating") as sides:
+            for side in sides.values():  # warm-up
+                side.do("generate", 1, PROMPT, 2)
+            for batch in (1, BATCH):
+                for count in (20, 200) if self.args.quick else (20, 200, 800):
+                    for name, values, extrapolated in self.generation_rates(sides, batch, count):
+                        self.row(f"generation, {count} tokens, batch {batch}", name, values, "tokens/s",
+                                 extrapolated=extrapolated, tokens=batch)
 
-    def generation_rates(self, batch, count):
-        rates = {name: [] for name in self.names}
-        patience, run = (5 if self.args.quick else 15), {}
+    def generation_rates(self, sides, batch, count):
+        rates = {name: [] for name in sides}
+        patience, run = (5 if self.args.quick else 40), {}
         for _ in range(1 if self.args.quick else 2):
-            for name, side in self.sides.items():
+            for name, side in sides.items():
                 if name not in run or not run[name]:
                     seconds = count * self.token_seconds(side, name, batch, PROMPT + count // 2)
                     run.setdefault(name, seconds <= patience)
@@ -206,15 +236,26 @@ class Benchmark:
                 self.row("peak memory of a step", name, [result / 2**20], "MiB")
 
     def loading(self):
-        """Seconds from GPT-2 small's safetensors file, in the system's cache, to a model."""
+        """Seconds from GPT-2 small's safetensors file, in the system's cache, to a first token."""
         with tempfile.TemporaryDirectory() as folder:
             benchmark_report.write_weights(Path(folder), self.config)
-            times = {name: [] for name in self.names}
-            for _ in range(2):
-                for name, side in self.sides.items():
-                    times[name].append(side.seconds("load", folder))
+            with self.started("load", folder) as sides:  # the first load, which imports, is not counted
+                times = {name: [] for name in sides}
+                for _ in range(2 if self.args.quick else 5):
+                    for name, side in sides.items():
+                        times[name].append(side.seconds("load", folder))
         for name, values in times.items():
-            self.row("loading the weights", name, values, "s")
+            self.row("loading the weights, to a token", name, values, "s",
+                     bytes=benchmark_report.weight_bytes(self.config))
+
+    def accuracy(self):
+        """Test accuracies of the printed loop and of ours on gpt2-tiny, a pair a seed."""
+        from benchmark_accuracy import compare_accuracy
+
+        epochs, report = (1 if self.args.quick else 5), partial(print, file=sys.stderr, flush=True)
+        self.accuracies = compare_accuracy(
+            self.split, torch.device(self.args.device), self.args.seeds, epochs, report=report
+        )
 
 
 def count_tokens(messages):
@@ -233,9 +274,11 @@ def parse_arguments(argv=None):
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or mps")
     parser.add_argument("--data-dir", help="folder with sms_spam_collection/SMSSpamCollection")
     parser.add_argument("--threads", type=int, help="torch's threads in every process")
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
-    parser.add_argument("--parts", nargs="+", default=["training", "generation", "memory", "loading"],
-                        choices=["training", "generation", "memory", "loading"])
+    parser.add_argument("--sides", nargs="+", choices=("book", "ours", "hf"), default=("book", "ours", "hf"))
+    parser.add_argument("--compile", action="store_true", help="time our step under torch.compile, too")
+    parser.add_argument("--parts", nargs="+", default=PARTS[:-1], choices=PARTS,
+                        help="what to measure; accuracy takes half an hour and is only run if named")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of --parts accuracy")
     parser.add_argument("--tiny", action="store_true", help="a toy model: tries the script, measures nothing")
     return parser.parse_args(argv)
 
@@ -250,15 +293,13 @@ def main(argv=None):
     for part in args.parts:
         print(f"{time.perf_counter() - began:.0f} s: {part}", file=sys.stderr)
         getattr(benchmark, part)()
-    for side in benchmark.sides.values():
-        side.close()
     report = {
         "machine": {**machine, "processor": platform.processor() or platform.machine(), "device": args.device,
                     "threads": torch.get_num_threads(), "torch": torch.__version__},
         "messages": {"data": benchmark.data, "count": len(benchmark.train), "padding": padding(benchmark),
                      "mean_tokens": float(np.mean(benchmark.lengths)), "longest": max(benchmark.lengths)},
         "precision": choose_precision(device), "quick": args.quick, "tiny": args.tiny,
-        "rows": benchmark.rows, "seconds": time.perf_counter() - began,
+        "rows": benchmark.rows, "accuracies": benchmark.accuracies, "seconds": time.perf_counter() - began,
     }
     benchmark_report.finish(report, benchmark.config)
     print(benchmark_report.table(report))

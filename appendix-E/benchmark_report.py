@@ -3,8 +3,9 @@
 import json
 
 import numpy as np
+import pandas as pd
 
-NAMES = {"book": "book's loop", "ours": "ours", "hf": "transformers + PEFT"}
+NAMES = {"book": "book's loop", "ours": "ours", "hf": "transformers + PEFT", "compiled": "ours, compiled"}
 
 
 def block_parameters(config):
@@ -29,44 +30,83 @@ def token_seconds(config, machine, batch):
     return max(4 * weights / machine["bytes_per_second"], 2 * weights * batch / machine["float32_flops"])
 
 
+def floor_seconds(row, machine, config):
+    """Seconds that a unit of `row` takes at the machine's measured best, None where there is no floor.
+
+    Takes out of the row what a unit needs: "flops", "bytes" read, or "tokens", one for each of so many texts.
+    """
+    if flops := row.pop("flops", None):
+        return flops / machine["float32_flops" if row["side"] == "book" else "flops"]
+    if size := row.pop("bytes", None):
+        return size / machine["bytes_per_second"]
+    if batch := row.pop("tokens", None):
+        return token_seconds(config, machine, batch) / batch
+    return None
+
+
 def finish(report, config):
-    """Add to every row its share of the floor and its ratio to the book's loop, in place."""
-    machine, rows = report["machine"], report["rows"]
+    """Add to every row its share of the floor and its ratios to the other sides, in place.
+
+    "times_book_at_floor" is the ratio that a side would reach if it spent no time but the floor's.
+    """
+    rows = report["rows"]
     values = {(row["what"], row["side"]): row["value"] for row in rows}
     for row in rows:
-        if flops := row.pop("floor", None):
-            peak = machine["float32_flops" if row["side"] == "book" else "flops"]
-            row["floor_share"] = row["value"] * flops / peak
-        if batch := row.pop("token_floor", None):
-            row["floor_share"] = row["value"] / batch * token_seconds(config, machine, batch)
-        faster = (lambda a, b: a / b) if row["unit"].endswith("/s") else (lambda a, b: b / a)
+        is_rate = row["unit"].endswith("/s")
         for other, key in (("book", "times_book"), ("hf", "times_hf")):
             if (row["what"], other) in values and other != row["side"]:
-                row[key] = faster(row["value"], values[row["what"], other])
+                ratio = row["value"] / values[row["what"], other]
+                row[key] = ratio if is_rate else 1 / ratio
+        if floor := floor_seconds(row, report["machine"], config):
+            row["floor_share"] = floor * row["value"] if is_rate else floor / row["value"]
+            if "times_book" in row:
+                row["times_book_at_floor"] = row["times_book"] / row["floor_share"]
 
 
 def table(report):
     """Return a Markdown table, a line a measurement, with what it was measured on above it."""
-    machine, messages = report["machine"], report["messages"]
+    machine, messages, low = report["machine"], report["messages"], report["precision"]
+    rates = {"float32": machine["float32_flops"], low: machine["flops"]}
+    peaks = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in rates.items())
     lines = [
         f"{messages['count']} messages, {messages['data']}: mean {messages['mean_tokens']:.1f} tokens, "
         f"longest {messages['longest']}; grouped by length, {messages['padding']:.1%} padding.",
         f"{machine['processor']}, {machine['device']}, {machine['threads']} threads, "
-        f"torch {machine['torch']}: matrix products {machine['float32_flops'] / 1e9:.0f} GFLOP/s in float32, "
-        f"memory {machine['bytes_per_second'] / 1e9:.1f} GB/s; "
-        f"ours and transformers compute in {report['precision']}.",
+        f"torch {machine['torch']}: matrix products {peaks}, memory {machine['bytes_per_second'] / 1e9:.1f} "
+        f"GB/s; ours and transformers train in {low}.",
     ]
     if not any(row["side"] == "hf" for row in report["rows"]):
         lines.append("The third side did not run; if it is missing: pip install transformers peft.")
-    header = "| | side | median | times the book's | times transformers + PEFT | share of the floor |"
-    lines += ["", header, "|---|---|--:|--:|--:|--:|"]
+    lines += [
+        "", "| | side | median | times the book's | times transformers + PEFT | share of the floor "
+        "| times the book's at the floor |", "|---|---|--:|--:|--:|--:|--:|",
+    ]
     for row in report["rows"]:
         value = f"{'~' if row.get('extrapolated') else ''}{row['value']:.4g} {row['unit']}"
         ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("times_book", "times_hf")]
         share = f"{row['floor_share']:.0%}" if "floor_share" in row else ""
-        lines.append("| " + " | ".join((row["what"], NAMES[row["side"]], value, *ratios, share)) + " |")
-    lines += ["", f"{report['seconds'] / 60:.1f} minutes; ~ extrapolated from sampled lengths."]
-    return "\n".join(lines)
+        best = f"{row['times_book_at_floor']:.1f}" if "times_book_at_floor" in row else ""
+        lines.append("| " + " | ".join((row["what"], NAMES[row["side"]], value, *ratios, share, best)) + " |")
+    lines += ["", *accuracy_lines(report.get("accuracies", []))]
+    return "\n".join([*lines, f"{report['seconds'] / 60:.1f} minutes; ~ extrapolated from sampled lengths."])
+
+
+def accuracy_lines(runs):
+    """Return a Markdown table of the test accuracies, a line a seed, and one with means and spreads."""
+    if not runs:
+        return []
+    runs = pd.DataFrame(runs)
+    points = 100 * runs[["book", "ours"]].assign(difference=runs["ours"] - runs["book"])
+    lines = ["| gpt2-tiny, seed | printed loop | ours | difference | seconds: printed loop | ours |",
+             "|---|--:|--:|--:|--:|--:|"]
+    for run, (book, ours, difference) in zip(runs.itertuples(), points.to_numpy()):
+        lines.append(f"| {run.seed} | {book:.2f} % | {ours:.2f} % | {difference:+.2f} "
+                     f"| {run.book_seconds:.0f} | {run.ours_seconds:.0f} |")
+    if len(runs) > 1:
+        cells = [f"{points[name].mean():.2f} ± {points[name].std():.2f}" for name in points]
+        seconds = [f"{runs[name].mean():.0f}" for name in ("book_seconds", "ours_seconds")]
+        lines.append("| mean ± standard deviation | " + " | ".join(cells + seconds) + " |")
+    return [*lines, ""]
 
 
 def plot(report, path):
@@ -76,7 +116,7 @@ def plot(report, path):
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in report["rows"] if "times_book" in row]
+    rows = [row for row in report["rows"] if "times_book" in row and row["side"] in ("ours", "hf")]
     whats = list(dict.fromkeys(row["what"] for row in rows))
     fig, ax = plt.subplots(figsize=(7, 0.45 * len(whats) + 1.2), layout="constrained")
     for offset, (side, colour) in enumerate((("ours", "tab:blue"), ("hf", "tab:orange"))):
@@ -110,6 +150,10 @@ def weight_shapes(config):
             yield f"h.{layer}.{norm}.bias", (width,)
     yield "ln_f.weight", (width,)
     yield "ln_f.bias", (width,)
+
+
+def weight_bytes(config):
+    return 4 * sum(int(np.prod(shape)) for _, shape in weight_shapes(config))
 
 
 def write_weights(folder, config):

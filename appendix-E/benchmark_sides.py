@@ -232,8 +232,9 @@ class HuggingFace(Book):
             )
 
     def load(self, folder):
-        from transformers import GPT2LMHeadModel
+        from transformers import GPT2LMHeadModel, logging
 
+        logging.disable_progress_bar()
         self.model = GPT2LMHeadModel.from_pretrained(folder).to(self.device).eval()
         self.generate(1, 1, 1)
 
