@@ -115,10 +115,10 @@ def measure_machine(device, side):
 
 
 class Benchmark:
-    """The sides, the messages and what was measured: a list of rows (what, side, values, …)."""
+    """The messages and what was measured on them: rows (what, side, values, …), shares, accuracies."""
 
     def __init__(self, args):
-        self.args, self.rows, self.accuracies = args, [], []
+        self.args, self.rows, self.shares, self.accuracies = args, [], {}, []
         self.split, self.data = find_messages(args.data_dir)
         self.train, self.validation = self.split["train"][0], self.split["validation"][0]
         self.lengths = [len(ids) for ids in self.train]
@@ -161,7 +161,7 @@ class Benchmark:
                     steps[name].append(statistics.mean([side.seconds("step", batch) for batch in batches]))
                     evaluations[name].append(side.seconds("evaluate", messages) / len(messages))
             if "ours" in sides:
-                self.data_share(sides["ours"], chosen)
+                self.profile(sides["ours"], chosen)
         one = benchmark_report.message_flops(self.config, held_out) / len(held_out)
         epoch = 2 * benchmark_report.message_flops(self.config, self.train) / len(self.train)
         step = 2 * statistics.mean(benchmark_report.message_flops(self.config, batch) for batch in chosen)
@@ -174,12 +174,12 @@ class Benchmark:
             rates = [1 / seconds for seconds in evaluations[name]]
             self.row("evaluation", name, rates, "examples/s", flops=one)
 
-    def data_share(self, side, batches):
-        """The part of a training step that waits for data."""
+    def profile(self, side, batches):
+        """Where the time of our training steps goes."""
         before = side.do("data_seconds")[1]
         seconds = sum(side.seconds("step", batch) for batch in batches)
-        share = (side.do("data_seconds")[1] - before) / seconds
-        self.row("share of a step spent on data", "ours", [100 * share], "%")
+        data = side.do("data_seconds")[1] - before
+        self.shares = side.do("profile", batches)[1] | {"waiting for data": 100 * data / seconds}
 
     @property
     def config(self):
@@ -299,7 +299,8 @@ def main(argv=None):
         "messages": {"data": benchmark.data, "count": len(benchmark.train), "padding": padding(benchmark),
                      "mean_tokens": float(np.mean(benchmark.lengths)), "longest": max(benchmark.lengths)},
         "precision": choose_precision(device), "quick": args.quick, "tiny": args.tiny,
-        "rows": benchmark.rows, "accuracies": benchmark.accuracies, "seconds": time.perf_counter() - began,
+        "rows": benchmark.rows, "shares": benchmark.shares, "accuracies": benchmark.accuracies,
+        "seconds": time.perf_counter() - began,
     }
     benchmark_report.finish(report, benchmark.config)
     print(benchmark_report.table(report))

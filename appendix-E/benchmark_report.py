@@ -87,7 +87,11 @@ def table(report):
         share = f"{row['floor_share']:.0%}" if "floor_share" in row else ""
         best = f"{row['times_book_at_floor']:.1f}" if "times_book_at_floor" in row else ""
         lines.append("| " + " | ".join((row["what"], NAMES[row["side"]], value, *ratios, share, best)) + " |")
-    lines += ["", *accuracy_lines(report.get("accuracies", []))]
+    lines.append("")
+    if shares := report.get("shares"):
+        listed = ", ".join(f"{share:.1f} % {kind}" for kind, share in shares.items())
+        lines += [f"Our training step's time: {listed}.", ""]
+    lines += accuracy_lines(report.get("accuracies", []))
     return "\n".join([*lines, f"{report['seconds'] / 60:.1f} minutes; ~ extrapolated from sampled lengths."])
 
 

@@ -17,6 +17,11 @@ from ch04 import GPT_CONFIG_124M, GPTModel
 
 CONFIG = {**GPT_CONFIG_124M, "drop_rate": 0.0, "qkv_bias": True}
 TINY = {**CONFIG, "emb_dim": 32, "n_layers": 2, "n_heads": 4}  # to try the script itself
+OPERATIONS = {  # for the profile: how torch's names of each kind begin
+    "matrix products": ("aten::addmm", "aten::mm", "aten::bmm"),
+    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
+    "GELU": ("aten::gelu",),
+}
 RANK, LEARNING_RATE, WEIGHT_DECAY = 16, 5e-5, 0.1
 
 
@@ -129,6 +134,22 @@ class Fast(Book):
     def data_seconds(self):
         """Seconds that all steps so far have spent on padding messages and moving them to the device."""
         return self.run.data_seconds
+
+    def profile(self, batches):
+        """Percent of the time of a step on each of `batches`, by kind of operation."""
+        from torch.profiler import profile
+
+        from lora_experiments import quiet_stderr
+
+        on_gpu, shares = self.device.type == "cuda", dict.fromkeys((*OPERATIONS, "everything else"), 0.0)
+        with quiet_stderr(), profile() as profiler:
+            for messages in batches:
+                self.step(messages)
+        for event in profiler.key_averages():
+            kinds = (kind for kind, names in OPERATIONS.items() if event.key.startswith(names))
+            seconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            shares[next(kinds, "everything else")] += seconds
+        return {kind: 100 * seconds / sum(shares.values()) for kind, seconds in shares.items()}
 
     def evaluate(self, messages):
         from fast_training import predict
@@ -260,7 +281,7 @@ def forget_peak():
 
 
 def serve(connection, name, device, config, threads):
-    """A process of its own for one side: receive (method, arguments), send (seconds, number) or the error."""
+    """A side's own process: receive (method, arguments), send (seconds, numbers) or the error."""
     if threads:
         torch.set_num_threads(threads)
     side = SIDES[name](torch.device(device), config)
@@ -271,8 +292,8 @@ def serve(connection, name, device, config, threads):
             result = getattr(side, method)(*args)
             if side.device.type == "cuda":
                 torch.cuda.synchronize()
-            number = result if isinstance(result, (int, float)) else None
-            connection.send((time.perf_counter() - began, number))
+            numbers = result if isinstance(result, (int, float, dict)) else None
+            connection.send((time.perf_counter() - began, numbers))
         except Exception as error:
             connection.send(error)
 

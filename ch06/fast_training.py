@@ -34,6 +34,7 @@ class FastSettings:
     and 1024 in evaluation, and no bound elsewhere. Messages are sorted by length within `pool`
     batches (see `length_batches`). With `decay` the learning rate falls linearly to zero. `compile`
     hands the forward pass to torch.compile: a minute of warm-up, and a C++ compiler on a CPU.
+    Raises ValueError for a count below 1.
     """
 
     epochs: int = 5
@@ -51,6 +52,12 @@ class FastSettings:
     eval_batch_size: int = 64
     max_tokens: int | None = None
     progress: bool = True
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "pool", "accumulate", "eval_batch_size", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 @dataclass

@@ -3,13 +3,17 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import benchmark
+import benchmark_accuracy
 import benchmark_report
 from benchmark_sides import RANK, SIDES, TINY, Book, Fast, peak_memory
+from ch06 import SpamDataset
 from gpt_download import load_gpt2
+from lora_classifier import encode_split
 
 MACHINE = {"float32_flops": 1e9, "flops": 2e9, "bytes_per_second": 4e9}
 SMALL = {**TINY, "vocab_size": 300, "context_length": 64}
@@ -40,14 +44,65 @@ def test_a_token_costs_reading_the_weights_or_the_products():
 
 def test_ratios_are_above_one_for_the_better_side():
     result = report(
-        {"what": "training", "side": "book", "value": 2.0, "floor": 1e8},
-        {"what": "training", "side": "ours", "value": 8.0, "floor": 1e8},
+        {"what": "training", "side": "book", "value": 2.0, "flops": 1e8},
+        {"what": "training", "side": "ours", "value": 8.0, "flops": 1e8},
         {"what": "memory", "side": "book", "value": 400.0, "unit": "MiB"},
         {"what": "memory", "side": "ours", "value": 100.0, "unit": "MiB"},
     )
     benchmark_report.finish(result, TINY)
-    assert [row.get("times_book") for row in result["rows"]] == [None, 4.0, None, 4.0]
-    assert [row.get("floor_share") for row in result["rows"]] == [0.2, 0.4, None, None]
+    rows = result["rows"]
+    assert [row.get("times_book") for row in rows] == [None, 4.0, None, 4.0]
+    assert [row.get("floor_share") for row in rows] == [0.2, 0.4, None, None]
+    assert [row.get("times_book_at_floor") for row in rows] == [None, 10.0, None, None]
+
+
+@pytest.mark.parametrize("need, floor", [({"flops": 1e9}, 0.5), ({"bytes": 8e9}, 2.0)])
+def test_seconds_are_compared_with_the_floors_seconds(need, floor):
+    result = report({"what": "a step", "side": "ours", "value": 4.0, "unit": "s", **need})
+    benchmark_report.finish(result, TINY)
+    assert result["rows"][0]["floor_share"] == floor / 4.0
+
+
+def test_means_and_spreads_are_over_seeds_and_the_difference_is_paired():
+    runs = [{"seed": seed, "book": book, "ours": book + 0.02, "book_seconds": 60.0, "ours_seconds": 6.0}
+            for seed, book in ((1, 0.90), (2, 0.94))]
+    text = "\n".join(benchmark_report.accuracy_lines(runs))
+    assert "| 2 | 94.00 % | 96.00 % | +2.00 | 60 | 6 |" in text
+    assert "| 92.00 ± 2.83 | 94.00 ± 2.83 | 2.00 ± 0.00 | 60 | 6 |" in text
+    assert benchmark_report.accuracy_lines([]) == []
+
+
+@pytest.fixture
+def few_messages():
+    rows = [(n % 2, f"{('see you', 'win a prize now')[n % 2]} {n} {'really ' * (n % 5)}") for n in range(40)]
+    part = pd.DataFrame(rows, columns=["Label", "Text"])
+    return {"train": part[:24], "validation": part[24:32], "test": part[32:]}
+
+
+def test_the_printed_loop_gets_the_batches_of_the_printed_dataset(few_messages, tokenizer, tmp_path):
+    split = encode_split(few_messages, tokenizer, 256)
+    settings = benchmark_accuracy.METHOD.settings(seed=5)
+    few_messages["train"].to_csv(tmp_path / "train.csv", index=None)
+    dataset = SpamDataset(tmp_path / "train.csv", tokenizer)
+    torch.manual_seed(5)
+    printed = torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=True, drop_last=True)
+    ours = benchmark_accuracy.padded_loaders(split, settings)["train"]
+    torch.manual_seed(6)
+    expected = list(printed)
+    torch.manual_seed(6)
+    for batch, (ids, labels) in zip(ours, expected, strict=True):
+        assert torch.equal(batch[0], ids) and torch.equal(batch[1], labels)
+
+
+def test_both_ways_are_trained_with_every_seed(few_messages, tokenizer):
+    split, lines = encode_split(few_messages, tokenizer, 256), []
+    runs = benchmark_accuracy.compare_accuracy(
+        split, torch.device("cpu"), seeds=(1, 2), epochs=1, report=lines.append
+    )
+    assert [run["seed"] for run in runs] == [1, 2] and len(lines) == 2
+    for run in runs:
+        assert 0 <= run["book"] <= 1 and 0 <= run["ours"] <= 1
+        assert run["book_seconds"] > 0 and run["ours_seconds"] > 0
 
 
 def test_the_table_marks_extrapolations_and_a_missing_side():
@@ -92,6 +147,15 @@ def test_book_and_ours_train_the_same_number_of_parameters():
     assert counts[0] == counts[1] == RANK * (2 * (4 * 64 + 2 * 160) + 34)
 
 
+def test_the_profile_shares_out_the_whole_step():
+    side = Fast(torch.device("cpu"), SMALL, width=20)
+    side.start_training()
+    shares = side.profile([[np.arange(5, dtype=np.int32), np.arange(9, dtype=np.int32)]])
+    assert sum(shares.values()) == pytest.approx(100) and min(shares.values()) > 0
+    text = benchmark_report.table(report() | {"shares": shares})
+    assert "Our training step's time:" in text and "% attention" in text
+
+
 def test_every_side_has_what_the_benchmark_calls():
     for side in SIDES.values():
         assert all(hasattr(side, name) for name in ("step", "evaluate", "generate", "load", "start_training"))
@@ -100,3 +164,9 @@ def test_every_side_has_what_the_benchmark_calls():
 def test_memory_is_plausible():
     peak = peak_memory()
     assert peak is None or 10**7 < peak < 10**12
+
+
+def test_the_messages_are_split_as_printed(book_data):
+    split, name = benchmark.find_messages(book_data)
+    assert [len(split[part][0]) for part in ("train", "validation", "test")] == [1045, 149, 300]
+    assert max(map(len, split["train"][0])) == 120 and name == "SMS Spam Collection"

@@ -231,6 +231,23 @@ def test_attention_dropout_is_off_in_eval_mode_on_both_paths():
         assert not torch.equal(attention.train()(x), attention(x))
 
 
+def test_attention_dropout_has_the_same_distribution_on_both_paths():
+    torch.manual_seed(1)
+    attention = MultiHeadAttention(8, 8, context_length=4, dropout=0.3, num_heads=2)
+    x, means, spreads = torch.randn(1, 4, 8).expand(20_000, -1, -1), [], []
+    with torch.no_grad():
+        for fused in (False, True):
+            attention.fused = fused
+            drawn = attention(x)
+            means.append(drawn.mean(dim=0))
+            spreads.append(drawn.std(dim=0))
+        expected = attention.eval()(x[:1])[0]
+    for mean, spread in zip(means, spreads):
+        torch.testing.assert_close(mean, expected, atol=0.01, rtol=0)  # dropout is unbiased
+        torch.testing.assert_close(spread, spreads[0], atol=0.005, rtol=0.05)
+    assert spreads[0].min() > 0.02
+
+
 # The model
 
 

@@ -159,12 +159,23 @@ def test_low_precision_stores_frozen_weights_once_and_stays_close(model, message
     torch.testing.assert_close(predict(model, messages, CPU, settings), expected, atol=0.1, rtol=0.1)
 
 
-def test_low_precision_trains_adapters_in_float32(model, messages):
-    settings = FastSettings(precision="bf16", epochs=1, progress=False)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains_adapters_in_float32(model, messages, precision):
+    settings = FastSettings(precision=precision, epochs=1, progress=False)
     labels = np.arange(8) % 2
     history = fit(prepare(model, settings, CPU), (messages, labels), (messages, labels), settings, CPU)
     assert np.isfinite(history.losses).all()
     assert {p.grad is None or p.grad.dtype for p in model.parameters()} == {True}  # freed after the step
+
+
+def test_fp16_scales_the_loss_and_skips_a_step_that_overflows(model, messages):
+    settings = FastSettings(precision="fp16", progress=False)
+    run = fast_training.TrainingRun(prepare(model, settings, CPU), settings, CPU, fast_training.History())
+    assert run.scaler.is_enabled()
+    before, scale = model.out_head.lora.A.clone(), 2.0**16
+    model.out_head.lora.B.register_hook(lambda grad: grad * torch.inf)
+    run.step(messages, torch.zeros(8, dtype=torch.long), [np.arange(8)])
+    assert torch.equal(model.out_head.lora.A, before) and run.scaler.get_scale() < scale
 
 
 def test_preparing_keeps_every_value(model):
@@ -219,6 +230,12 @@ def test_messages_are_cut_and_empty_ones_refused(tokenizer):
     assert len(encoded[1]) == 3  # plain text, not the special token
     with pytest.raises(ValueError, match="message 1 is empty"):
         encode_messages(["you", ""], tokenizer, 3)
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "pool", "accumulate", "max_tokens"])
+def test_counts_below_one_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+        FastSettings(**{name: 0})
 
 
 def test_precision_follows_the_hardware(monkeypatch):

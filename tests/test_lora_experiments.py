@@ -241,6 +241,16 @@ def test_finetune_writes_an_adapter_that_every_command_reads(params, capsys, mon
     torch.testing.assert_close(merged(ids), model(ids), atol=1e-5, rtol=1e-5)
 
 
+def test_the_fast_paths_options_reach_the_training(params, capsys, monkeypatch):
+    seen, fit = [], lora_classifier.fit
+    monkeypatch.setattr(lora_classifier, "fit", lambda *args: seen.append(args[3]) or fit(*args))
+    out = finetuned(capsys, "--precision", "bf16", "--accumulate", "2", "--gradient-checkpointing")
+    assert (seen[0].precision, seen[0].accumulate, seen[0].gradient_checkpointing) == ("bf16", 2, True)
+    assert "% of it spent on data" in out and not seen[0].compile
+    with pytest.raises(SystemExit):
+        finetuned(capsys, "--precision", "int3")
+
+
 def test_the_same_seed_gives_the_same_adapter_and_another_does_not(params, capsys):
     folders = []
     for number, seed in enumerate(("1", "1", "2")):
