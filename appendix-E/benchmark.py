@@ -5,9 +5,9 @@
 
 Every side runs in a process of its own; they take turns, round after round, and medians are reported.
 The messages have the real length distribution: the SMS Spam Collection's in DIR (or BOOK_DATA), else the
-embedded messages'. The model has GPT-2 small's shape. About ten minutes on two cores, three with --quick.
-A value with ~ is extrapolated: n tokens cost n times the token halfway, which flatters the book's loop,
-whose cost a token grows faster than its length.
+embedded messages'. The model has GPT-2 small's shape. About a quarter of an hour on two cores, three
+minutes with --quick. A value with ~ is extrapolated: the book's loop, where it would take too long, at n
+times the token halfway, which flatters it: its cost a token grows faster than its length.
 """
 
 import argparse
@@ -28,40 +28,46 @@ import numpy as np
 import torch
 
 import benchmark_report
-from benchmark_sides import CONFIG, TINY, serve
+from benchmark_sides import CONFIG, TINY, serve, synchronise
 from fast_training import PRECISIONS, choose_precision, length_batches
 
 BATCH, PROMPT = 8, 4
-PARTS = ("training", "generation", "memory", "loading", "accuracy")
+MEASURED = ("training", "generation", "memory", "loading", "accuracy")
+
+
+class SideError(RuntimeError):
+    """A side's process failed or ended."""
 
 
 class Side:
     """A process that runs one side; `do(method, …)` returns its (seconds, result)."""
 
-    def __init__(self, name, args):
+    def __init__(self, name, args, width):
         context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
+        self.name, (self.connection, theirs) = name, context.Pipe()
         config = TINY if args.tiny else CONFIG
         self.process = context.Process(
-            target=serve, args=(theirs, name, args.device, config, args.threads), daemon=True
+            target=serve, args=(theirs, name, args.device, config, width, args.threads), daemon=True
         )
         self.process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
 
     def do(self, method, *arguments):
-        self.connection.send((method, arguments))
-        while not self.connection.poll(1):
-            if not self.process.is_alive():
-                raise RuntimeError(f"a side ended in {method}, perhaps for lack of memory")
-        answer = self.connection.recv()
+        try:
+            self.connection.send((method, arguments))
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            raise SideError(f"{self.name} ended in {method}, perhaps for lack of memory") from None
         if isinstance(answer, Exception):
-            raise answer
+            raise SideError(f"{self.name} failed in {method}: {answer!r}") from answer
         return answer
 
     def seconds(self, method, *arguments):
         return self.do(method, *arguments)[0]
 
     def close(self):
-        self.connection.send(None)
+        if self.process.is_alive():
+            self.connection.send(None)
         self.process.join()
 
 
@@ -71,10 +77,13 @@ def find_messages(data_dir):
     from ch06 import LABELS, create_balanced_dataset, read_messages
     from lora_classifier import book_split, encode_split
 
-    folder = Path(data_dir or os.environ.get("BOOK_DATA", "."))
+    named = data_dir or os.environ.get("BOOK_DATA")
+    folder = Path(named or ".")
     names = ("SMSSpamCollection.tsv", "SMSSpamCollection")
     found = [path for name in names for path in sorted(folder.glob(f"sms_spam_collection/{name}"))]
     found += [folder / name for name in names if (folder / name).is_file()]
+    if named and not found:
+        raise SystemExit(f"no {names[0]} in {folder}: name another folder, or none for the embedded messages")
     messages = create_balanced_dataset(read_messages(found[0] if found else EMBEDDED_MESSAGES))
     messages["Label"] = messages["Label"].map(LABELS)
     split = encode_split(book_split(messages), get_tokenizer(), 256)  # gpt2-tiny's context
@@ -101,8 +110,7 @@ def measure_machine(device, side):
         for _ in range(6):
             began = time.perf_counter()
             work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronise(device)
             times.append(time.perf_counter() - began)
         return min(times)
 
@@ -134,7 +142,7 @@ class Benchmark:
     @contextmanager
     def started(self, method, *arguments, names=None):
         """Give the sides by name, each in its process and after `method`; end them afterwards."""
-        sides = {name: Side(name, self.args) for name in names or self.names}
+        sides = {name: Side(name, self.args, max(self.lengths)) for name in names or self.names}
         try:
             for side in sides.values():
                 side.do(method, *arguments)
@@ -164,6 +172,7 @@ class Benchmark:
                 self.profile(sides["ours"], chosen)
         one = benchmark_report.message_flops(self.config, held_out) / len(held_out)
         epoch = 2 * benchmark_report.message_flops(self.config, self.train) / len(self.train)
+        epoch += benchmark_report.message_flops(self.config, self.validation) / len(self.train)
         step = 2 * statistics.mean(benchmark_report.message_flops(self.config, batch) for batch in chosen)
         for name in names:
             self.row("training step", name, steps[name], "s", flops=step)
@@ -179,7 +188,7 @@ class Benchmark:
         before = side.do("data_seconds")[1]
         seconds = sum(side.seconds("step", batch) for batch in batches)
         data = side.do("data_seconds")[1] - before
-        self.shares = side.do("profile", batches)[1] | {"waiting for data": 100 * data / seconds}
+        self.shares = side.do("profile", batches)[1] | {"of the step waiting for data": 100 * data / seconds}
 
     @property
     def config(self):
@@ -200,36 +209,34 @@ class Benchmark:
             for side in sides.values():  # warm-up
                 side.do("generate", 1, PROMPT, 2)
             for batch in (1, BATCH):
-                for count in (20, 200) if self.args.quick else (20, 200, 800):
+                for count in self.token_counts(batch):
                     for name, values, extrapolated in self.generation_rates(sides, batch, count):
                         self.row(f"generation, {count} tokens, batch {batch}", name, values, "tokens/s",
                                  extrapolated=extrapolated, tokens=batch)
 
+    def token_counts(self, batch):
+        if self.args.quick:
+            return (20, 200) if batch == 1 else (20,)
+        return (20, 200, 800)
+
     def generation_rates(self, sides, batch, count):
-        rates = {name: [] for name in sides}
-        patience, run = (5 if self.args.quick else 40), {}
+        """Return (side, tokens a second in each round, is that extrapolated?) for each side."""
+        rates, extrapolated = {name: [] for name in sides}, set()
         for _ in range(1 if self.args.quick else 2):
             for name, side in sides.items():
-                if name not in run or not run[name]:
-                    seconds = count * self.token_seconds(side, name, batch, PROMPT + count // 2)
-                    run.setdefault(name, seconds <= patience)
-                if run[name]:
+                if name == "book" and count > 20:
+                    extrapolated.add(name)
+                    seconds = count * side.seconds("generate", batch, PROMPT + count // 2, 1)
+                else:
                     seconds = side.seconds("generate", batch, PROMPT, count)
                 rates[name].append(batch * count / seconds)
-        return [(name, values, not run[name]) for name, values in rates.items()]
-
-    def token_seconds(self, side, name, batch, length):
-        """Seconds of the token after `length` tokens; a cached side reads those first, untimed."""
-        if name == "book":
-            return side.seconds("generate", batch, length, 1)
-        first = side.seconds("generate", batch, length, 1)
-        return (side.seconds("generate", batch, length, 7) - first) / 6
+        return [(name, values, name in extrapolated) for name, values in rates.items()]
 
     def memory(self):
         """Peak of a step on the batch with the most tokens, each side in a fresh process."""
         largest = max(self.batches, key=count_tokens)
         for name in self.names:
-            side = Side(name, self.args)
+            side = Side(name, self.args, max(self.lengths))
             result = side.do("memory", largest)[1]
             side.close()
             if result:
@@ -268,7 +275,7 @@ def has_hugging_face():
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="about two minutes, fewer rounds and lengths")
+    parser.add_argument("--quick", action="store_true", help="about three minutes, fewer rounds and lengths")
     parser.add_argument("--json", metavar="FILE", help="write everything measured")
     parser.add_argument("--plot", metavar="FILE", help="write a figure of the speed-ups")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or mps")
@@ -276,11 +283,21 @@ def parse_arguments(argv=None):
     parser.add_argument("--threads", type=int, help="torch's threads in every process")
     parser.add_argument("--sides", nargs="+", choices=("book", "ours", "hf"), default=("book", "ours", "hf"))
     parser.add_argument("--compile", action="store_true", help="time our step under torch.compile, too")
-    parser.add_argument("--parts", nargs="+", default=PARTS[:-1], choices=PARTS,
+    parser.add_argument("--parts", nargs="+", default=MEASURED[:-1], choices=MEASURED,
                         help="what to measure; accuracy takes half an hour and is only run if named")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of --parts accuracy")
     parser.add_argument("--tiny", action="store_true", help="a toy model: tries the script, measures nothing")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # torch's answers where there is no such device
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if args.threads is not None and args.threads < 1:
+        parser.error("--threads must be at least 1")
+    for path in filter(None, (args.json, args.plot)):
+        if not Path(path).absolute().parent.is_dir():
+            parser.error(f"{path}: there is no such folder")
+    return args
 
 
 def main(argv=None):
@@ -291,8 +308,11 @@ def main(argv=None):
     machine = measure_machine(device, 256 if args.tiny else 8192 if device.type == "cuda" else 2048)
     benchmark = Benchmark(args)
     for part in args.parts:
-        print(f"{time.perf_counter() - began:.0f} s: {part}", file=sys.stderr)
-        getattr(benchmark, part)()
+        print(f"{time.perf_counter() - began:.0f} s: {part}", file=sys.stderr, flush=True)
+        try:
+            getattr(benchmark, part)()
+        except SideError as error:  # what has been measured is kept
+            print(f"{part} was given up: {error}", file=sys.stderr)
     report = {
         "machine": {**machine, "processor": platform.processor() or platform.machine(), "device": args.device,
                     "threads": torch.get_num_threads(), "torch": torch.__version__},

@@ -14,7 +14,7 @@ def block_parameters(config):
 
 
 def message_flops(config, messages):
-    """Operations of one forward pass that no side can spare, for all `messages`.
+    """Operations of one forward pass that no side can spare, for all `messages`; backward takes as many.
 
     Two a weight and real token; of the last block, keys and values at all tokens (2 D² of its 12 D²)
     and the rest at the last token alone. Attention's own products (about 1%) and adapters (4%) are left out.
@@ -75,24 +75,36 @@ def table(report):
         f"torch {machine['torch']}: matrix products {peaks}, memory {machine['bytes_per_second'] / 1e9:.1f} "
         f"GB/s; ours and transformers train in {low}.",
     ]
-    if not any(row["side"] == "hf" for row in report["rows"]):
+    if report["rows"] and not any(row["side"] == "hf" for row in report["rows"]):
         lines.append("The third side did not run; if it is missing: pip install transformers peft.")
-    lines += [
-        "", "| | side | median | times the book's | times transformers + PEFT | share of the floor "
-        "| times the book's at the floor |", "|---|---|--:|--:|--:|--:|--:|",
-    ]
-    for row in report["rows"]:
-        value = f"{'~' if row.get('extrapolated') else ''}{row['value']:.4g} {row['unit']}"
-        ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("times_book", "times_hf")]
-        share = f"{row['floor_share']:.0%}" if "floor_share" in row else ""
-        best = f"{row['times_book_at_floor']:.1f}" if "times_book_at_floor" in row else ""
-        lines.append("| " + " | ".join((row["what"], NAMES[row["side"]], value, *ratios, share, best)) + " |")
+    if report["rows"]:
+        lines += row_lines(report["rows"])
     lines.append("")
     if shares := report.get("shares"):
         listed = ", ".join(f"{share:.1f} % {kind}" for kind, share in shares.items())
         lines += [f"Our training step's time: {listed}.", ""]
     lines += accuracy_lines(report.get("accuracies", []))
-    return "\n".join([*lines, f"{report['seconds'] / 60:.1f} minutes; ~ extrapolated from sampled lengths."])
+    note = "; ~ extrapolated from the token halfway" if any(map(is_extrapolated, report["rows"])) else ""
+    return "\n".join([*lines, f"{report['seconds'] / 60:.1f} minutes{note}."])
+
+
+def is_extrapolated(row):
+    return row.get("extrapolated", False)
+
+
+def row_lines(rows):
+    """Return a Markdown table, a line a row."""
+    lines = [
+        "", "| | side | median | times the book's | times transformers + PEFT | share of the floor "
+        "| times the book's at the floor |", "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        value = f"{'~' if is_extrapolated(row) else ''}{row['value']:.4g} {row['unit']}"
+        ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("times_book", "times_hf")]
+        share = f"{row['floor_share']:.0%}" if "floor_share" in row else ""
+        best = f"{row['times_book_at_floor']:.1f}" if "times_book_at_floor" in row else ""
+        lines.append("| " + " | ".join((row["what"], NAMES[row["side"]], value, *ratios, share, best)) + " |")
+    return lines
 
 
 def accuracy_lines(runs):

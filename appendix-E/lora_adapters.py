@@ -58,19 +58,27 @@ def base_parameters(model):
     return named
 
 
-def fingerprint(model, without=()):
+def fingerprint(model, without=(), through=torch.float32):
     """Return the SHA-256 of the base parameters' names, shapes and values, except those in `without`.
 
     Values are rounded to bfloat16 first, so that a base stored in bfloat16 is known as the same.
+    `through` torch.float16 gives the fingerprint that the base has once it is stored in that.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(base_parameters(model).items()):
         if name not in without:
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            rounded = parameter.detach().to("cpu", torch.bfloat16)
+            rounded = parameter.detach().cpu().to(through).bfloat16()
             bits = rounded.contiguous().view(torch.int16)
             digest.update(bits.numpy().data)
     return digest.hexdigest()
+
+
+def is_base(model, adapter, without):
+    """Was `adapter` trained on `model`'s base parameters, or on these stored in half precision?"""
+    stored_as = (torch.float32, torch.float16)
+    prints = (fingerprint(model, without, through) for through in stored_as)
+    return adapter.base is None or adapter.base in prints
 
 
 def stored(parameter):
@@ -117,7 +125,7 @@ def set_adapter(model, adapter):
     new = fitted_layers(model, adapter)
     for name, tensor in full.items():
         check_shape(name, tensor, base.get(name))
-    if adapter.base not in (None, fingerprint(model, without=full)):
+    if not is_base(model, adapter, full):
         raise ValueError(
             "this adapter was trained on another base model: what it does "
             "not hold differs. Load the same model, with the same head, first"

@@ -125,15 +125,15 @@ def finetune(model, split, settings, device, progress=True, **fast):
     return history
 
 
-def guesses(model, encoded, device, precision="auto"):
+def guesses(model, encoded, device):
     """Return the predicted classes (N,) of encoded messages, on the CPU."""
-    return predict(model, encoded, device, FastSettings(precision=precision)).argmax(dim=1)
+    return predict(model, encoded, device).argmax(dim=1)
 
 
-def accuracies(model, split, device, precision="auto"):
-    """Return {part: share of right answers, 0 to 1}; `precision` is the one of the training."""
+def accuracies(model, split, device):
+    """Return {part: share of right answers, 0 to 1}."""
     return {
-        name: (guesses(model, encoded, device, precision) == labels).float().mean().item()
+        name: (guesses(model, encoded, device) == labels).float().mean().item()
         for name, (encoded, labels) in split.items()
     }
 
@@ -163,7 +163,7 @@ def save_classifier_adapter(model, folder, size, choice, settings):
     return save_adapter(model, folder, notes)
 
 
-def load_classifier_adapter(folder, device):
+def load_classifier_adapter(folder, device, precision="auto"):
     """Return (model, configuration, notes) for an adapter of `save_classifier_adapter`.
 
     Raises as `load_adapter`; ValueError if the adapter is another's and names no base model.
@@ -173,7 +173,7 @@ def load_classifier_adapter(folder, device):
         raise ValueError(f"{Path(folder)} does not say which GPT-2 it adapts: use load_adapter")
     model, config = build_classifier(notes["model_size"], notes["settings"]["seed"])
     load_adapter(model, folder)
-    prepare(model, FastSettings(), device)
+    prepare(model, FastSettings(precision=precision), device)
     return model.eval(), config, notes
 
 

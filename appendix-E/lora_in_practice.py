@@ -112,7 +112,7 @@ def finetune_command(args):
     history = finetune(model, split, settings, device, progress=sys.stderr.isatty(), **fast)
     for epoch, accuracy in enumerate(history.accuracies, start=1):
         print(f"epoch {epoch}: validation accuracy {accuracy:.2%}")
-    for part, accuracy in accuracies(model, split, device, args.precision).items():
+    for part, accuracy in accuracies(model, split, device).items():
         print(f"{part:<10} {accuracy:.2%}")
     folder = save_classifier_adapter(model, args.output, size, choice, settings)
     print(f"{history.seconds:.0f} s of training, {history.data_share:.1%} of it spent on data; "
@@ -152,7 +152,7 @@ def classify_command(args):
 
 def merge_command(args):
     """Write base and adapter as one ordinary classifier of chapter 6."""
-    model, config, _ = load_classifier_adapter(args.adapter, pick_device())
+    model, config, _ = load_classifier_adapter(args.adapter, pick_device(), "float32")
     merge_lora(model)
     save_classifier(args.output, model, config, max_length=context_length(model))
     print(f"{args.output}: read it with ch06.load_classifier")

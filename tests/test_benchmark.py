@@ -170,3 +170,36 @@ def test_the_messages_are_split_as_printed(book_data):
     split, name = benchmark.find_messages(book_data)
     assert [len(split[part][0]) for part in ("train", "validation", "test")] == [1045, 149, 300]
     assert max(map(len, split["train"][0])) == 120 and name == "SMS Spam Collection"
+
+
+def test_a_side_that_ends_is_named():
+    class Broken:
+        def __init__(self, name, *_):
+            self.name, self.connection, self.process = name, self, self
+
+        def send(self, job):
+            pass
+
+        def recv(self):
+            raise EOFError
+
+        do = benchmark.Side.do
+
+    with pytest.raises(benchmark.SideError, match="hf ended in step, perhaps for lack of memory"):
+        Broken("hf").do("step")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--device", "abacus"], "--device abacus"),
+    (["--threads", "0"], "--threads must be at least 1"),
+    (["--json", "nowhere/speed.json"], "there is no such folder"),
+])
+def test_arguments_are_checked_before_anything_is_measured(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_named_folder_without_messages_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="no SMSSpamCollection"):
+        benchmark.find_messages(tmp_path)

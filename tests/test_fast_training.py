@@ -137,7 +137,7 @@ def test_the_learning_rate_falls_linearly_to_zero_if_asked(model, messages, deca
     rates = []
     run.optimizer.step = lambda *_: rates.append(run.optimizer.param_groups[0]["lr"])
     for seed in (1, 2):
-        run.epoch(messages, [0, 1] * 4, seed)
+        run.epoch(messages, torch.tensor([0, 1] * 4), seed)
     assert rates == expected
 
 
@@ -172,7 +172,7 @@ def test_fp16_scales_the_loss_and_skips_a_step_that_overflows(model, messages):
     settings = FastSettings(precision="fp16", progress=False)
     run = fast_training.TrainingRun(prepare(model, settings, CPU), settings, CPU, fast_training.History())
     assert run.scaler.is_enabled()
-    before, scale = model.out_head.lora.A.clone(), 2.0**16
+    before, scale = model.out_head.lora.A.clone(), run.scaler.get_scale()
     model.out_head.lora.B.register_hook(lambda grad: grad * torch.inf)
     run.step(messages, torch.zeros(8, dtype=torch.long), [np.arange(8)])
     assert torch.equal(model.out_head.lora.A, before) and run.scaler.get_scale() < scale
@@ -230,6 +230,30 @@ def test_messages_are_cut_and_empty_ones_refused(tokenizer):
     assert len(encoded[1]) == 3  # plain text, not the special token
     with pytest.raises(ValueError, match="message 1 is empty"):
         encode_messages(["you", ""], tokenizer, 3)
+
+
+def test_what_cannot_be_computed_is_refused_with_the_remedy(model, messages):
+    settings, labels = FastSettings(epochs=1, progress=False), [0, 1] * 4
+    for train, validation in (((messages, labels[1:]), (messages, labels)), ((messages, labels), ([], []))):
+        with pytest.raises(ValueError, match="need one label for each, and some"):
+            fit(model, train, validation, settings, CPU)
+    with pytest.raises(ValueError, match="no messages"):
+        predict(model, [], CPU)
+    with pytest.raises(ValueError, match="65 tokens do not fit the context of 64"):
+        predict(model, [np.zeros(65, dtype=np.int32)], CPU)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, lambda labels: np.array(labels, dtype=bool)])
+def test_labels_may_come_as_anything_that_holds_integers(model, messages, kind):
+    settings, part = FastSettings(epochs=1, progress=False), (messages, kind([0, 1] * 4))
+    assert np.isfinite(fit(prepare(model, settings, CPU), part, part, settings, CPU).losses).all()
+
+
+def test_a_prepared_model_is_asked_in_its_own_precision(model, messages):
+    model.trf_blocks[0].ff.layers[0] = model.trf_blocks[0].ff.layers[0].linear  # frozen, without LoRA
+    prepare(model, FastSettings(precision="bf16"), CPU)
+    expected = predict(model, messages, CPU, FastSettings(precision="bf16"))
+    assert torch.equal(predict(model, messages, CPU), expected)
 
 
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "pool", "accumulate", "max_tokens"])

@@ -91,6 +91,18 @@ def test_the_fingerprint_knows_a_base_by_its_values_not_its_precision():
     assert fingerprint(model) != known
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_trained_on_a_base_in_half_precision_comes_back_on_the_base_itself(dtype, tmp_path):
+    model = trained(train_in_full="head")
+    with torch.no_grad():
+        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        for parameter in frozen:
+            parameter.data = parameter.to(dtype)
+    save_adapter(model, tmp_path)
+    back = load_adapter(small_gpt(), tmp_path)
+    assert torch.equal(back.out_head.weight, model.out_head.weight)
+
+
 # What is refused
 
 

@@ -105,7 +105,15 @@ def block_output(block, x, packing, last_only=False):
 
 
 def last_token_logits(model, ids, lengths, checkpointing=False):
-    """Logits (B, classes) at each message's last real token, from right-padded ids (B, T)."""
+    """Logits (B, classes) at each message's last real token, from right-padded ids (B, T).
+
+    Raises ValueError for more tokens than the model's context.
+    """
+    context_length = model.pos_emb.num_embeddings
+    if ids.shape[1] > context_length:
+        raise ValueError(
+            f"{ids.shape[1]} tokens do not fit the context of {context_length}: cut them in encode_messages"
+        )
     packing = Packing(lengths, ids.shape[1])
     x = model.tok_emb(packing.pack(ids)).float() + model.pos_emb(packing.positions).float()
     x = model.drop_emb(x)  # (N, D), float32 from block to block in every precision

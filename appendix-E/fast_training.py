@@ -29,7 +29,7 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 class FastSettings:
     """How `fit` and `predict` run. `precision` "auto" asks the hardware; see `choose_precision`.
 
-    `accumulate` batches make one optimizer step. `max_tokens` bounds the tokens computed at once: a
+    `accumulate` batches make one optimizer step. About `max_tokens` tokens are computed at once: a
     longer batch is split, with the same gradient and less memory; None is, on a CPU, 512 in training
     and 1024 in evaluation, and no bound elsewhere. Messages are sorted by length within `pool`
     batches (see `length_batches`). With `decay` the learning rate falls linearly to zero. `compile`
@@ -107,7 +107,7 @@ def split(encoded, indices, bound):
 
 
 def tokens_at_once(settings, device, training):
-    """Return `settings.max_tokens`, or what was fastest: larger products, smaller than a CPU's caches."""
+    """Return `settings.max_tokens`, or what was fastest: more are no faster and take more memory."""
     on_cpu = 512 if training else 1024
     return settings.max_tokens or (on_cpu if device.type == "cpu" else math.inf)
 
@@ -164,9 +164,11 @@ def prepare(model, settings, device):
     """Move the model to `device`, choose its attention, store frozen weights in the chosen precision.
 
     On a CPU weights are laid out by input: same shapes and values, and a product with one token, as in
-    generation, reads memory 1.4 times as fast. Returns the same model.
+    generation, reads memory 1.4 times as fast. `predict` remembers the precision; whatever else calls
+    the model in bf16 or fp16 needs `model.float()` first. Returns the same model.
     """
-    dtype = PRECISIONS[choose_precision(device, settings.precision)]
+    model.precision = choose_precision(device, settings.precision)
+    dtype = PRECISIONS[model.precision]
     model.to(device)
     for module in model.modules():
         if isinstance(module, MultiHeadAttention):
@@ -186,7 +188,9 @@ def fit(model, train, validation, settings, device):
     """Train what requires a gradient with AdamW on `train`, a pair (encoded messages, labels).
 
     `model` comes from `prepare`. The validation pair is classified after every epoch. Returns a `History`.
+    Raises ValueError for a part without messages or with more or fewer labels than messages.
     """
+    train, validation = (checked(*part) for part in (train, validation))
     keep_freed_memory()
     torch.manual_seed(settings.seed)
     start, history = time.perf_counter(), History()
@@ -196,11 +200,20 @@ def fit(model, train, validation, settings, device):
         run.epoch(*train, seed=settings.seed + epoch)
         encoded, labels = validation
         guesses = predict(model, encoded, device, settings).argmax(dim=1)
-        history.accuracies.append((guesses == torch.as_tensor(labels)).float().mean().item())
+        history.accuracies.append((guesses == labels).float().mean().item())
         bar.set_postfix(loss=f"{history.losses[-1]:.3f}", accuracy=f"{history.accuracies[-1]:.1%}")
     history.seconds = time.perf_counter() - start
     history.data_share = run.data_seconds / history.seconds
     return history
+
+
+def checked(encoded, labels):
+    """Return the messages and their labels, (N,) int64 on the CPU, or raise ValueError."""
+    labels = torch.as_tensor(np.asarray(labels), dtype=torch.long)
+    if len(encoded) == 0 or len(encoded) != len(labels):
+        counts = f"{len(encoded)} messages and {len(labels)} labels"
+        raise ValueError(f"{counts}: need one label for each, and some messages")
+    return encoded, labels
 
 
 class TrainingRun:
@@ -217,12 +230,12 @@ class TrainingRun:
             lr=settings.learning_rate, weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        fp16 = self.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=fp16)
         self.data_seconds, self.done, self.steps = 0.0, 0, 1
 
     def epoch(self, encoded, labels, seed):
         self.model.train()
-        labels = torch.as_tensor(labels)
         lengths, settings = [len(ids) for ids in encoded], self.settings
         batches = length_batches(lengths, settings.batch_size, seed, settings.pool)
         groups = range(0, len(batches), settings.accumulate)
@@ -231,7 +244,7 @@ class TrainingRun:
             self.step(encoded, labels, batches[start : start + settings.accumulate])
             for start in groups
         ]
-        self.history.losses += torch.stack(losses).tolist()  # only here does a GPU have to be waited for
+        self.history.losses += torch.stack(losses).tolist()  # one wait for all of them
 
     def step(self, encoded, labels, batches):
         """One optimizer step on the mean loss of the messages in `batches`, which is returned, ()."""
@@ -262,8 +275,13 @@ class TrainingRun:
 
 
 def predict(model, encoded, device, settings=FastSettings()):
-    """Logits (N messages, classes), float32 on the CPU, at each message's last token; order kept."""
-    precision = choose_precision(device, settings.precision)
+    """Logits (N messages, classes), float32 on the CPU, at each message's last token; order kept.
+
+    A model from `prepare` is asked in the precision that it was prepared in. ValueError without messages.
+    """
+    if len(encoded) == 0:
+        raise ValueError("there are no messages: encode some with encode_messages")
+    precision = getattr(model, "precision", None) or choose_precision(device, settings.precision)
     order = np.argsort([-len(ids) for ids in encoded], kind="stable")  # the longest first
     size = settings.eval_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
