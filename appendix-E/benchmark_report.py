@@ -143,6 +143,8 @@ def plot(report, path):
     ax.set_yticks([place + 0.2 for place in range(len(whats))], whats)
     ax.invert_yaxis()
     ax.set_xscale("log")
+    ax.margins(x=0.12, y=0.02)
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_xlabel("times better than the book's loop")
     ax.legend()

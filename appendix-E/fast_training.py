@@ -289,9 +289,11 @@ def predict(model, encoded, device, settings=FastSettings()):
     parts = (split(encoded, indices, bound) for indices in batches)
     was_training, results = model.training, []
     model.eval()
-    with torch.inference_mode(), autocast(device, precision):
-        for indices in chain.from_iterable(parts):
-            logits = last_token_logits(model, *padded(encoded, indices, device))
-            results.append(logits.float().cpu())
-    model.train(was_training)
+    try:
+        with torch.inference_mode(), autocast(device, precision):
+            for indices in chain.from_iterable(parts):
+                logits = last_token_logits(model, *padded(encoded, indices, device))
+                results.append(logits.float().cpu())
+    finally:
+        model.train(was_training)
     return torch.cat(results)[np.argsort(order)]

@@ -240,7 +240,8 @@ def test_what_cannot_be_computed_is_refused_with_the_remedy(model, messages):
     with pytest.raises(ValueError, match="no messages"):
         predict(model, [], CPU)
     with pytest.raises(ValueError, match="65 tokens do not fit the context of 64"):
-        predict(model, [np.zeros(65, dtype=np.int32)], CPU)
+        predict(model.train(), [np.zeros(65, dtype=np.int32)], CPU)
+    assert model.training  # as it was
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor, lambda labels: np.array(labels, dtype=bool)])
