@@ -74,8 +74,8 @@ class Side:
 def find_messages(data_dir):
     """Return `encode_split`'s training, validation and test part, and the data's name."""
     from book_assets import EMBEDDED_MESSAGES, get_tokenizer
-    from ch06 import LABELS, create_balanced_dataset, read_messages
-    from lora_classifier import book_split, encode_split
+    from ch06 import read_messages
+    from lora_classifier import balanced, book_split, encode_split
 
     named = data_dir or os.environ.get("BOOK_DATA")
     folder = Path(named or ".")
@@ -84,8 +84,7 @@ def find_messages(data_dir):
     found += [folder / name for name in names if (folder / name).is_file()]
     if named and not found:
         raise SystemExit(f"no {names[0]} in {folder}: name another folder, or none for the embedded messages")
-    messages = create_balanced_dataset(read_messages(found[0] if found else EMBEDDED_MESSAGES))
-    messages["Label"] = messages["Label"].map(LABELS)
+    messages = balanced(read_messages(found[0] if found else EMBEDDED_MESSAGES))
     split = encode_split(book_split(messages), get_tokenizer(), 256)  # gpt2-tiny's context
     return split, "SMS Spam Collection" if found else "embedded messages"
 
@@ -221,11 +220,10 @@ class Benchmark:
 
     def generation_rates(self, sides, batch, count):
         """Return (side, tokens a second in each round, is that extrapolated?) for each side."""
-        rates, extrapolated = {name: [] for name in sides}, set()
+        rates, extrapolated = {name: [] for name in sides}, {"book"} if count > 20 else set()
         for _ in range(1 if self.args.quick else 2):
             for name, side in sides.items():
-                if name == "book" and count > 20:
-                    extrapolated.add(name)
+                if name in extrapolated:
                     seconds = count * side.seconds("generate", batch, PROMPT + count // 2, 1)
                 else:
                     seconds = side.seconds("generate", batch, PROMPT, count)
@@ -236,9 +234,8 @@ class Benchmark:
         """Peak of a step on the batch with the most tokens, each side in a fresh process."""
         largest = max(self.batches, key=count_tokens)
         for name in self.names:
-            side = Side(name, self.args, max(self.lengths))
-            result = side.do("memory", largest)[1]
-            side.close()
+            with self.started("start_training", names=[name]) as sides:
+                result = sides[name].do("memory", largest)[1]
             if result:
                 self.row("peak memory of a step", name, [result / 2**20], "MiB")
 

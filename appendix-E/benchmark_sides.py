@@ -100,8 +100,7 @@ class Book:
         self.generate(1, 1, 1)
 
     def memory(self, messages):
-        """Peak bytes while training on `messages` once: on a GPU what torch allocated, else the process."""
-        self.start_training()
+        """Peak bytes of a step on `messages`: on a GPU what torch allocated, else the process."""
         self.step(messages[:1])
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

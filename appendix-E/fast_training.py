@@ -164,8 +164,8 @@ def prepare(model, settings, device):
     """Move the model to `device`, choose its attention, store frozen weights in the chosen precision.
 
     On a CPU weights are laid out by input: same shapes and values, and a product with one token, as in
-    generation, reads memory 1.4 times as fast. `predict` remembers the precision; whatever else calls
-    the model in bf16 or fp16 needs `model.float()` first. Returns the same model.
+    generation, reads memory 1.4 times as fast. `predict` takes the precision from the model; whatever
+    else calls a model in bf16 or fp16 needs `model.float()` first. Returns the same model.
     """
     model.precision = choose_precision(device, settings.precision)
     dtype = PRECISIONS[model.precision]

@@ -56,7 +56,12 @@ class LoRASettings:
 
 def balanced_messages(choice):
     """Return chapter 6's balanced messages: a DataFrame with Label (0 ham, 1 spam) and Text."""
-    messages = create_balanced_dataset(load_messages(choice))
+    return balanced(load_messages(choice))
+
+
+def balanced(messages):
+    """Return as many ham as spam of `messages` (Label "ham" or "spam"), with the labels 0 and 1."""
+    messages = create_balanced_dataset(messages)
     return messages.assign(Label=messages["Label"].map(LABELS))
 
 
