@@ -15,7 +15,8 @@ class AdaptedLinears(torch.autograd.Function):
     """y_i = x W_iᵀ + b_i + s_i · (x A_i) B_i with frozen W_i (out, in) and b_i: x (N, in), y_i (N, out).
 
     Backward, with g_i = ∂loss/∂y_i and l_i = s_i · g_i B_iᵀ: ∂x = Σ g_i W_i + l_i A_iᵀ, ∂A_i = xᵀ l_i,
-    ∂B_i = s_i · (x A_i)ᵀ g_i. Products run in W's dtype; the gradients of A and B come back in theirs.
+    ∂B_i = s_i · (x A_i)ᵀ g_i. x, W and b have one dtype, in which the products run; the gradients of
+    A and B come back in theirs.
     """
 
     @staticmethod
@@ -59,14 +60,20 @@ def is_plain(layer):
 
 
 def adapted_linears(layers, x):
-    """Return [layer(x) for layer in layers], x (N, in), in one step where all of them are adapted."""
+    """Return [layer(x) for layer in layers], x (N, in), in one step where all of them are adapted.
+
+    The products run in autocast's dtype where it is on, else in the frozen weights'.
+    """
     if not all(is_plain(layer) for layer in layers):
         return [layer(x) for layer in layers]
     linears, adapters = [layer.linear for layer in layers], [layer.lora for layer in layers]
+    kind, dtype = x.device.type, linears[0].weight.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
     return AdaptedLinears.apply(
-        x.to(linears[0].weight.dtype),
-        [inner.weight for inner in linears],
-        [inner.bias for inner in linears],
+        x.to(dtype),
+        [inner.weight.to(dtype) for inner in linears],
+        [None if inner.bias is None else inner.bias.to(dtype) for inner in linears],
         [lora.scale for lora in adapters],
         *(lora.A for lora in adapters),
         *(lora.B for lora in adapters),

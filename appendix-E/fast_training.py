@@ -164,11 +164,10 @@ def prepare(model, settings, device):
     """Move the model to `device`, choose its attention, store frozen weights in the chosen precision.
 
     On a CPU weights are laid out by input: same shapes and values, and a product with one token, as in
-    generation, reads memory 1.4 times as fast. `predict` takes the precision from the model; whatever
-    else calls a model in bf16 or fp16 needs `model.float()` first. Returns the same model.
+    generation, reads memory 1.4 times as fast. `fit` and `predict` take the model from here; `restore`
+    makes it one for all other code. Returns the same model.
     """
-    model.precision = choose_precision(device, settings.precision)
-    dtype = PRECISIONS[model.precision]
+    dtype = PRECISIONS[choose_precision(device, settings.precision)]
     model.to(device)
     for module in model.modules():
         if isinstance(module, MultiHeadAttention):
@@ -179,6 +178,22 @@ def prepare(model, settings, device):
         if isinstance(module, torch.nn.Linear) and device.type == "cpu":
             module.weight.data = module.weight.data.t().contiguous().t()
     return model
+
+
+def restore(model):
+    """Store every weight in float32 and in rows, in place: undo what `prepare` does to them.
+
+    Values that were rounded stay rounded. Returns the same model.
+    """
+    for parameter in model.float().parameters():
+        parameter.data = parameter.data.contiguous()
+    return model
+
+
+def stored_precision(model):
+    """Return "bf16" or "fp16" if any weight of `model` is stored in that, else None."""
+    stored = {parameter.dtype for parameter in model.parameters()}
+    return next((name for name in ("bf16", "fp16") if PRECISIONS[name] in stored), None)
 
 
 # Training and prediction
@@ -277,11 +292,12 @@ class TrainingRun:
 def predict(model, encoded, device, settings=FastSettings()):
     """Logits (N messages, classes), float32 on the CPU, at each message's last token; order kept.
 
-    A model from `prepare` is asked in the precision that it was prepared in. ValueError without messages.
+    A model with weights in bf16 or fp16 is evaluated in that precision, another one in that of
+    `settings`. Raises ValueError without messages.
     """
     if len(encoded) == 0:
         raise ValueError("there are no messages: encode some with encode_messages")
-    precision = getattr(model, "precision", None) or choose_precision(device, settings.precision)
+    precision = stored_precision(model) or choose_precision(device, settings.precision)
     order = np.argsort([-len(ids) for ids in encoded], kind="stable")  # the longest first
     size = settings.eval_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]

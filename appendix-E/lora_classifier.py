@@ -11,7 +11,7 @@ import torch
 from ch04 import GPTModel
 from ch05 import config_from_settings, load_weights_into_gpt
 from ch06 import LABELS, add_classification_head, create_balanced_dataset, load_messages, random_split
-from fast_training import FastSettings, encode_messages, fit, predict, prepare
+from fast_training import FastSettings, encode_messages, fit, predict, prepare, restore
 from gpt_download import download_and_load_gpt2
 from lora_adapters import load_adapter, read_adapter, save_adapter
 from lora_layers import apply_lora
@@ -121,12 +121,12 @@ def finetune(model, split, settings, device, progress=True, **fast):
     """Train what requires a gradient on split["train"]; return fast_training's `History`.
 
     `split` comes from `encode_split`; `fast` are further fields of `FastSettings`, such as precision.
-    The model goes to `device` and is left in eval mode.
+    The model goes to `device` and is left in eval mode, all its weights in float32.
     """
     training = settings.training(progress=progress, **fast)
     prepare(model, training, device)
     history = fit(model, split["train"], split["validation"], training, device)
-    model.eval()
+    restore(model).eval()
     return history
 
 
@@ -168,18 +168,16 @@ def save_classifier_adapter(model, folder, size, choice, settings):
     return save_adapter(model, folder, notes)
 
 
-def load_classifier_adapter(folder, device, precision="auto"):
+def load_classifier_adapter(folder, device):
     """Return (model, configuration, notes) for an adapter of `save_classifier_adapter`.
 
-    Raises as `load_adapter`; ValueError if the adapter is another's and names no base model.
+    The model is on `device`, in float32 and in eval mode, with torch's fused attention. Raises as `load_adapter`; ValueError if the adapter is another's and names no base model.
     """
     notes = read_adapter(folder).notes
     if "model_size" not in notes:
         raise ValueError(f"{Path(folder)} does not say which GPT-2 it adapts: use load_adapter")
     model, config = build_classifier(notes["model_size"], notes["settings"]["seed"])
     load_adapter(model, folder)
-    prepare(model, FastSettings(precision=precision), device)
+    restore(prepare(model, FastSettings(precision="float32"), device))
     return model.eval(), config, notes
-
-
 

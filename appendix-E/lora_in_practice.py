@@ -152,7 +152,7 @@ def classify_command(args):
 
 def merge_command(args):
     """Write base and adapter as one ordinary classifier of chapter 6."""
-    model, config, _ = load_classifier_adapter(args.adapter, pick_device(), "float32")
+    model, config, _ = load_classifier_adapter(args.adapter, pick_device())
     merge_lora(model)
     save_classifier(args.output, model, config, max_length=context_length(model))
     print(f"{args.output}: read it with ch06.load_classifier")

@@ -70,6 +70,16 @@ def tokenizer():
     return get_tokenizer()
 
 
+@pytest.fixture(params=[False, True], ids=["without bf16", "with bf16"])
+def bf16_processor(request, monkeypatch):
+    """Run the test twice: as on a processor without instructions for bf16, and as on one with them."""
+    import torch
+
+    for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: request.param, raising=False)
+    return request.param
+
+
 @pytest.fixture
 def tiny_config():
     return {

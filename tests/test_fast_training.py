@@ -17,12 +17,14 @@ from fast_training import (
     padded,
     predict,
     prepare,
+    restore,
     split,
     tokens_at_once,
 )
 from packed_model import Packing, last_token_logits
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("bf16_processor")
 
 
 @pytest.fixture
@@ -271,6 +273,14 @@ def test_precision_follows_the_hardware(monkeypatch):
     assert choose_precision(CPU) == "bf16" and choose_precision(CPU, "float32") == "float32"
     with pytest.raises(ValueError, match="precision must be"):
         choose_precision(CPU, "int3")
+
+
+def test_restoring_gives_a_model_that_all_other_code_can_use(model, messages):
+    expected = printed_logits(model, messages).detach()
+    prepare(model, FastSettings(precision="bf16"), CPU)
+    restore(model)
+    assert all(p.dtype == torch.float32 and p.is_contiguous() for p in model.parameters())
+    torch.testing.assert_close(printed_logits(model, messages).detach(), expected, atol=0.1, rtol=0.1)
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ def test_each_method_trains_what_it_says(params):
     assert counts["LoRA, query and value, rank 16"] == 2 * 2 * 16 * 32 + head
 
 
-def test_a_comparison_is_resumed_not_repeated(params, tmp_path):
+def test_a_comparison_is_resumed_not_repeated(params, tmp_path, bf16_processor):
     file, lines = tmp_path / "results" / "runs.jsonl", []
     methods = METHODS[1:3]
     first = compare(EMBEDDED, file, methods[:1], (1,), epochs=1, device=CPU, report=lines.append)
@@ -199,7 +199,8 @@ def test_a_comparison_is_resumed_not_repeated(params, tmp_path):
     assert first["test"][0] == both["test"][0]
     table = summary(both)
     assert table.index.tolist() == [method.title for method in methods]
-    assert "±" in table["test"].iloc[0] and (both["step_memory_bytes"] > 4 * 50257 * 16).all()
+    embedding_bytes = (2 if bf16_processor else 4) * 50257 * 16
+    assert "±" in table["test"].iloc[0] and (both["step_memory_bytes"] > embedding_bytes).all()
     assert plot_ranks(both).axes and plot_costs(both).axes
 
 
@@ -218,6 +219,7 @@ def finetuned(capsys, *options):
     return capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("bf16_processor")
 def test_finetune_writes_an_adapter_that_every_command_reads(params, capsys, monkeypatch):
     out = finetuned(capsys)
     assert "trainable:" in out and "epoch 2: validation accuracy" in out and "test" in out
@@ -249,6 +251,15 @@ def test_the_fast_paths_options_reach_the_training(params, capsys, monkeypatch):
     assert "% of it spent on data" in out and not seen[0].compile
     with pytest.raises(SystemExit):
         finetuned(capsys, "--precision", "int3")
+
+
+def test_an_adapter_trained_on_either_processor_is_read_by_chapter_6(params, capsys, tokenizer, bf16_processor):
+    finetuned(capsys, "--precision", "auto")
+    model, _, _ = load_classifier_adapter("adapter", CPU)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    text = "win a prize now, number 3"
+    answer = classify(model, [text], tokenizer, CPU)[0]
+    assert ch06.classify_review(text, model, tokenizer, CPU) == answer["label"]
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_does_not(params, capsys):
