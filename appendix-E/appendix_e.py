@@ -1,19 +1,12 @@
-"""Appendix E: low-rank adaptation (LoRA), and its main job, fine-tuning a spam classifier with it.
+"""Appendix E: low-rank adaptation (LoRA). Needs PyTorch alone: copy this file into your project.
 
-    python appendix-E/appendix_e.py --assets embedded --output-dir results
+    freeze(model)
+    replace_linear_with_lora(model, rank=16, alpha=16)
 
-`appendix-E.ipynb` explains the same definitions one at a time. LoRA itself needs only torch: this file,
-copied alone into another project, adapts that project's model. The main job uses chapters 4 to 6.
+`appendix-E.ipynb` explains the same definitions one at a time.
 """
 
-import argparse
-import json
 import math
-import os
-import platform
-import sys
-import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -84,18 +77,23 @@ class LinearWithLoRA(nn.Module):
 
     def __init__(self, linear, rank, alpha, **options):
         super().__init__()
-        weight = linear.weight
-        options = {"device": weight.device, "dtype": weight.dtype, **options}
         self.linear = linear
-        self.lora = LoRALayer(
-            linear.in_features, linear.out_features, rank, alpha, **options
-        )
+        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.lora = LoRALayer(*self.sizes(), rank, alpha, **{**like, **options})
         self.train(linear.training)
+
+    def sizes(self):
+        """Return (in_dim, out_dim) of the base layer."""
+        return self.linear.in_features, self.linear.out_features
+
+    def update(self, dtype=None):
+        """Return what LoRA adds to `linear.weight`, in its orientation, computed in `dtype` (None: A's)."""
+        A, B = (p.to(dtype or p.dtype) for p in (self.lora.A, self.lora.B))
+        return self.lora.scale * (A @ B).T
 
     @property
     def weight(self):
-        lora = self.lora
-        return self.linear.weight + lora.scale * (lora.A @ lora.B).T
+        return self.linear.weight + self.update()
 
     @property
     def bias(self):
@@ -154,197 +152,3 @@ def count_parameters(model):
     params = list(model.parameters())
     trainable = sum(p.numel() for p in params if p.requires_grad)
     return trainable, sum(p.numel() for p in params)
-
-
-# The main job: the notebook's steps in one command
-
-
-def load_pretrained(choice):
-    """Return (model, configuration) of `choice.model`: GPT-2 124M ("book") or tiny ("embedded")."""
-    from ch04 import GPTModel
-    from ch05 import config_from_settings, load_weights_into_gpt
-    from gpt_download import download_and_load_gpt2
-
-    size = {"book": "124M", "embedded": "tiny"}[choice.model]
-    settings, params = download_and_load_gpt2(model_size=size, models_dir="gpt2")
-    config = config_from_settings(settings)
-    model = GPTModel(config)
-    load_weights_into_gpt(model, params)
-    return model, config
-
-
-def prepare_datasets(choice, context_length, folder):
-    """Write train.csv, validation.csv, test.csv into `folder`; return their `ch06.SpamDataset`s by name.
-
-    Messages are cut to the training part's longest, or to `context_length` tokens if that is less.
-    """
-    from book_assets import get_tokenizer
-    from ch06 import LABELS, SpamDataset, create_balanced_dataset, load_messages, random_split
-
-    messages = create_balanced_dataset(load_messages(choice))
-    messages["Label"] = messages["Label"].map(LABELS)
-    parts = random_split(messages, 0.7, 0.1)
-    tokenizer, max_length, datasets = get_tokenizer(), None, {}
-    for name, part in zip(("train", "validation", "test"), parts, strict=True):
-        file = folder / f"{name}.csv"
-        part.to_csv(file, index=None)
-        datasets[name] = SpamDataset(file, tokenizer, max_length)
-        if datasets[name].max_length > context_length:
-            datasets[name] = SpamDataset(file, tokenizer, context_length)
-        max_length = datasets[name].max_length
-    return datasets
-
-
-def make_loaders(datasets, batch_size, seed):
-    """Return a DataLoader for each dataset by name; only "train" is shuffled and drops its last batch."""
-    from torch.utils.data import DataLoader
-
-    torch.manual_seed(seed)
-    return {
-        name: DataLoader(dataset, batch_size, shuffle=name == "train", drop_last=name == "train")
-        for name, dataset in datasets.items()
-    }
-
-
-def accuracy_by_part(model, loaders, device, num_batches=None):
-    """Return by name the accuracy, 0 to 1, on `num_batches` batches of each loader (None: all)."""
-    from ch06 import calc_accuracy_loader
-
-    return {
-        name: calc_accuracy_loader(loader, model, device, num_batches) for name, loader in loaders.items()
-    }
-
-
-def put_lora_in(model, args):
-    """Freeze `model`, put LoRA layers into it, and print how many parameters are trained after each step."""
-    print(f"Trainable parameters: {count_parameters(model)[0]:,}", end="")
-    freeze(model)
-    print(f" → frozen: {count_parameters(model)[0]:,}", end="")
-    replace_linear_with_lora(model, args.rank, args.alpha, scaling=args.scaling)
-    print(f" → LoRA of rank {args.rank}: {count_parameters(model)[0]:,}", flush=True)
-
-
-def train_with_lora(model, loaders, device, args):
-    """Run listing E.7's training; return its curves by name and the seconds that it took."""
-    from ch06 import train_classifier_simple
-
-    start = time.perf_counter()
-    torch.manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay)
-    results = train_classifier_simple(
-        model, loaders["train"], loaders["validation"], optimizer, device,
-        num_epochs=args.epochs, eval_freq=50, eval_iter=5, progress=sys.stderr.isatty(),
-    )
-    names = ("train_losses", "val_losses", "train_accs", "val_accs", "examples_seen")
-    curves = dict(zip(names, results, strict=True))
-    return curves | {"training_seconds": round(time.perf_counter() - start, 1)}
-
-
-def save_plots(curves, epochs, folder):
-    """Write loss.png and accuracy.png into `folder` and return their paths."""
-    from ch06 import plot_values
-
-    paths = [folder / "loss.png", folder / "accuracy.png"]
-    for path, kind in zip(paths, ("losses", "accs"), strict=True):
-        train_values, val_values = curves[f"train_{kind}"], curves[f"val_{kind}"]
-        epochs_seen = torch.linspace(0, epochs, len(train_values))
-        examples_seen = torch.linspace(0, curves["examples_seen"], len(train_values))
-        plot_values(epochs_seen, examples_seen, train_values, val_values, path.stem, save_as=path)
-    return paths
-
-
-def accuracy_table(rows):
-    """Return lines of text: a title line, then one line for each label of `rows` with its accuracies."""
-    lines = [f"{'accuracy':<20}{'training':>12}{'validation':>12}{'test':>12}"]
-    for label, row in rows.items():
-        lines.append(f"{label:<20}" + "".join(f"{value:>12.2%}" for value in row.values()))
-    return "\n".join(lines)
-
-
-def describe_machine(device):
-    """Return what a reader needs to compare times: platform, processor, device, versions."""
-    return {
-        "platform": platform.platform(), "processor": platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-    }
-
-
-def run_main_job(choice, args):
-    """Do the main job on the `choice` of assets; write only into args.output_dir."""
-    from ch04 import pick_device
-    from ch06 import add_classification_head
-
-    start, device, folder = time.perf_counter(), pick_device(), args.output_dir
-    print(choice)
-    folder.mkdir(parents=True, exist_ok=True)
-    model, config = load_pretrained(choice)
-    datasets = prepare_datasets(choice, config["context_length"], folder)
-    counts = ", ".join(f"{len(dataset)} {name}" for name, dataset in datasets.items())
-    print(f"Messages: {counts}, of {datasets['train'].max_length} tokens; device: {device}")
-    loaders = make_loaders(datasets, args.batch_size, args.seed)
-    torch.manual_seed(args.seed)
-    add_classification_head(model, num_classes=2).to(device)
-    torch.manual_seed(args.seed)
-    before = accuracy_by_part(model, loaders, device, num_batches=10)
-    put_lora_in(model, args)
-    curves = train_with_lora(model, loaders, device, args)
-    after = accuracy_by_part(model, loaders, device)
-    print("", accuracy_table({"before (10 batches)": before, "after (all)": after}), "", sep="\n")
-    results = {
-        "assets": str(choice), "settings": {**vars(args), "output_dir": str(folder)},
-        "accuracy_before": before, "accuracy_after": after, **curves,
-        "seconds": round(time.perf_counter() - start, 1), "machine": describe_machine(device),
-    }
-    paths = [*save_plots(curves, args.epochs, folder), folder / "results.json"]
-    paths[-1].write_text(json.dumps(results, indent=2), encoding="utf-8")
-    print(f"{results['seconds']} s, of these {curves['training_seconds']} s training. Written:")
-    print(*(f"  {path}" for path in paths), sep="\n")
-
-
-def main_job_arguments(arguments=None):
-    parser = argparse.ArgumentParser(
-        description="Fine-tune a GPT-2 with LoRA to tell spam from other messages (appendix E).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--assets", default=os.environ.get("LLM_ASSETS") or "book",
-        help="book (OpenAI's 124M weights, UCI's messages), embedded, or e.g. model=embedded,data=book",
-    )
-    parser.add_argument("--epochs", type=int, default=5, help="times through the training messages")
-    parser.add_argument("--rank", type=int, default=16, help="columns of A, rows of B")
-    parser.add_argument("--alpha", type=float, default=16.0, help="weight of the LoRA layers")
-    parser.add_argument("--scaling", choices=SCALINGS, default="alpha", help="the factor of x A B")
-    parser.add_argument("--learning-rate", type=float, default=5e-5, help="AdamW's")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="AdamW's")
-    parser.add_argument("--batch-size", type=int, default=8, help="messages a step")
-    parser.add_argument("--seed", type=int, default=123, help="of shuffling, head and LoRA layers")
-    parser.add_argument("--output-dir", type=Path, default=Path("results"), help="for all that is written")
-    args = parser.parse_args(arguments)
-    for name in ("epochs", "rank", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    return args
-
-
-def main(arguments=None):
-    """The command line, see --help. What the reader can mend ends it with a message, no traceback."""
-    args = main_job_arguments(arguments)
-    os.environ["LLM_ASSETS"] = args.assets
-    try:
-        from book_assets import choose_assets
-        from book_downloads import DownloadError
-
-        choice = choose_assets()
-    except ModuleNotFoundError as error:
-        sys.exit(f"{error}. `python setup/run_main.py` installs what this needs, then runs it.")
-    except ValueError as error:
-        sys.exit(f"--assets: {error}")
-    try:
-        run_main_job(choice, args)
-    except DownloadError as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

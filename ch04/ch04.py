@@ -33,7 +33,7 @@ def pick_device():
     return torch.device("cpu")
 
 
-# 4.1 The architecture, with empty rooms
+# 4.1 The architecture, with placeholder blocks
 
 
 class DummyTransformerBlock(nn.Module):
@@ -167,11 +167,10 @@ class MultiHeadAttention(nn.Module):
     """softmax(Q Kᵀ / √hd + causal mask) V in every head, then the output projection.
 
     x (B, T, d_in) to (B, T, d_out). `cache` holds the keys and values of earlier tokens.
-    With `fused = True` torch's own kernel computes the same without storing the T × T weights.
+    With `fused` torch's own kernel computes the same without storing the T × T weights: see
+    `use_fused_attention`.
     Raises ValueError if num_heads does not divide d_out. Source: chapter 3.
     """
-
-    fused = False
 
     def __init__(
         self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False
@@ -190,9 +189,10 @@ class MultiHeadAttention(nn.Module):
         self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.out_proj = nn.Linear(d_out, d_out)
         self.dropout = nn.Dropout(dropout)
-        square = torch.ones(context_length, context_length, dtype=torch.bool)
-        future = square.triu(diagonal=1)  # True: a later token
-        self.register_buffer("mask", future, persistent=False)
+        pairs = torch.ones(context_length, context_length, dtype=torch.bool)
+        later = pairs.triu(diagonal=1)  # (queries, keys), True: a later token
+        self.register_buffer("mask", later, persistent=False)
+        self.fused = False
 
     def forward(self, x, cache=None):
         queries = self.split_heads(self.W_query(x))  # (B, nh, T, hd)
@@ -209,23 +209,32 @@ class MultiHeadAttention(nn.Module):
         heads = x.view(*x.shape[:2], self.num_heads, self.head_dim)
         return heads.transpose(1, 2)  # (B, nh, T, hd)
 
+    def causal_mask(self, num_queries, num_keys):
+        """(queries, keys), True: hidden; the queries are the last tokens'."""
+        return self.mask[num_keys - num_queries : num_keys, :num_keys]
+
     def attend(self, queries, keys, values):
-        num_queries, num_keys = queries.shape[2], keys.shape[2]
         scores = queries @ keys.transpose(2, 3)  # (B, nh, queries, keys)
-        future = self.mask[num_keys - num_queries : num_keys, :num_keys]
-        scores.masked_fill_(future, -torch.inf)
+        scores.masked_fill_(self.causal_mask(*scores.shape[2:]), -torch.inf)
         weights = torch.softmax(scores / self.head_dim**0.5, dim=-1)
         return self.dropout(weights) @ values  # (B, nh, queries, hd)
 
     def attend_fused(self, queries, keys, values):
         num_queries, num_keys = queries.shape[2], keys.shape[2]
-        square = num_queries == num_keys
-        future = self.mask[num_keys - num_queries : num_keys, :num_keys]
+        whole = num_queries == num_keys  # no cached keys
+        hidden = self.causal_mask(num_queries, num_keys)
         return nn.functional.scaled_dot_product_attention(
             queries, keys, values,
-            attn_mask=None if square else ~future, is_causal=square,
+            attn_mask=None if whole else ~hidden, is_causal=whole,
             dropout_p=self.dropout.p if self.training else 0.0,
         )
+
+
+def use_fused_attention(model, on=True):
+    """Switch every `MultiHeadAttention` of `model` to torch's own attention kernel, or back."""
+    for module in model.modules():
+        if isinstance(module, MultiHeadAttention):
+            module.fused = on
 
 
 class TransformerBlock(nn.Module):

@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from book_assets import get_tokenizer
+from book_assets import get_tokenizer, replacing
 from ch04 import GPTModel, KVCache, generate_text_simple
+from gpt_download import download_and_load_gpt2
 
 CHECKPOINT_FORMAT = "gpt-from-scratch/1"
 
@@ -261,9 +262,8 @@ def save_checkpoint(path, model, config, optimizer=None, **settings):
     checkpoint = {**settings, "format": CHECKPOINT_FORMAT, "config": config, "model": model.state_dict()}
     if optimizer is not None:
         checkpoint["optimizer"] = optimizer.state_dict()
-    partial = Path(f"{path}.partial")
-    torch.save(checkpoint, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        torch.save(checkpoint, partial)
 
 
 def read_checkpoint(path, device="cpu"):
@@ -362,3 +362,16 @@ def load_weights_into_gpt(gpt, params):
             raise ValueError(f"{name}: {error}") from None
     for module, attribute, parameter in loaded:
         setattr(module, attribute, parameter)
+
+
+def load_gpt2_model(model_size, models_dir="gpt2"):
+    """Return (GPTModel with GPT-2's weights, its configuration).
+
+    `model_size` is "124M", "355M", "774M", "1558M", or "tiny" for the embedded model. Raises as
+    `gpt_download.download_and_load_gpt2`.
+    """
+    settings, params = download_and_load_gpt2(model_size, models_dir)
+    config = config_from_settings(settings)
+    model = GPTModel(config)
+    load_weights_into_gpt(model, params)
+    return model, config

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from book_assets import ASSETS, EMBEDDED_MODEL, in_cache
-from book_downloads import fetch
+from book_assets import in_cache
+from book_assets.downloads import fetch
+from book_assets.table import ASSETS, EMBEDDED_MODEL
 
 MODEL_SIZES = {  # name: width, layers, heads
     "124M": (768, 12, 12),
@@ -47,7 +48,7 @@ def download_and_load_gpt2(model_size, models_dir, source=None):
     TensorFlow); None takes the one that is already there, else TensorFlow's if it is installed.
     A relative `models_dir` is looked for under LLM_CACHE_DIR if that variable is set.
     Raises ValueError for another size or source, ImportError for "tensorflow" without TensorFlow,
-    `book_downloads.DownloadError` if a file cannot be had. Source: chapter 5, section 5.5.
+    `book_assets.downloads.DownloadError` if a file cannot be had. Source: chapter 5, section 5.5.
     """
     if model_size == "tiny":
         return load_gpt2(EMBEDDED_MODEL)

@@ -12,7 +12,6 @@ import argparse
 import gzip
 import json
 import math
-import os
 import random
 import time
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from book_assets import EMBEDDED_MODEL, get_tokenizer
-from ch04 import GPTModel, pick_device
+from book_assets import get_tokenizer, replacing
+from book_assets.table import EMBEDDED_MODEL
+from ch04 import GPTModel, pick_device, use_fused_attention
 
 TINY_CONFIG = {
     "vocab_size": 50257,
@@ -162,8 +162,8 @@ def make_optimizer(model):
 
 
 def save_state(path, **state):
-    torch.save(state, path.with_suffix(".partial"))
-    os.replace(path.with_suffix(".partial"), path)
+    with replacing(path) as partial:
+        torch.save(state, partial)
 
 
 def pretrain(train, held_out, work_dir, schedule, batch_size=12, seed=123, every=250):
@@ -173,8 +173,7 @@ def pretrain(train, held_out, work_dir, schedule, batch_size=12, seed=123, every
     model = GPTModel(TINY_CONFIG)
     initialise(model)
     model.to(device)
-    for block in model.trf_blocks:
-        block.att.fused = True
+    use_fused_attention(model)
     optimizer = make_optimizer(model)
     counts = torch.from_numpy(np.bincount(train, minlength=TINY_CONFIG["vocab_size"]))
     softmax, path, step, seconds = SampledSoftmax(counts), work_dir / "checkpoint.pt", 0, 0.0

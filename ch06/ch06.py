@@ -13,11 +13,13 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 import ch05
-from book_assets import EMBEDDED_MESSAGES, in_cache
-from book_downloads import fetch_spam_data
+from book_assets import in_cache
+from book_assets.downloads import fetch_spam_data
+from book_assets.table import EMBEDDED_MESSAGES
 from ch04 import GPTModel
 
 LABELS = {"ham": 0, "spam": 1}
+SPLITS = ("train", "validation", "test")
 
 # 6.2 Preparing the data
 
@@ -28,7 +30,7 @@ def download_and_unzip_spam_data(
     """Leave the SMS Spam Collection, verified, at `data_file_path`; a good file there is used as it is.
 
     `url` is tried alone; None tries the known sources in turn. `zip_path` is where the archive goes,
-    `extracted_path` where it is unpacked. Raises `book_downloads.DownloadError`. Source: listing E.1.
+    `extracted_path` where it is unpacked. Raises `book_assets.downloads.DownloadError`. Source: listing E.1.
     """
     fetch_spam_data(url, zip_path, extracted_path, data_file_path)
 
@@ -57,6 +59,18 @@ def load_messages(choice):
     path = folder / "SMSSpamCollection.tsv"
     download_and_unzip_spam_data(None, f"{folder}.zip", folder, path)
     return read_messages(path)
+
+
+def balanced_messages(choice):
+    """Return as many ham as spam of `load_messages`: a DataFrame with Label (0 ham, 1 spam) and Text."""
+    messages = create_balanced_dataset(load_messages(choice))
+    return messages.assign(Label=messages["Label"].map(LABELS))
+
+
+def spam_splits(choice):
+    """Return {"train", "validation", "test": DataFrame} of the balanced messages, split as in the book."""
+    splits = random_split(balanced_messages(choice), 0.7, 0.1)
+    return dict(zip(SPLITS, splits, strict=True))
 
 
 def check_labels(labels, known, remedy):
@@ -197,7 +211,6 @@ def calc_accuracy_loader(data_loader, model, device, num_batches=None):
     """
     model.eval()
     correct, examples = 0, 0
-    num_batches = num_batches or len(data_loader)
     for input_batch, target_batch in islice(data_loader, num_batches):
         with torch.no_grad():
             logits = model(input_batch.to(device))[:, -1, :]  # (B, C)

@@ -2,15 +2,15 @@
 
     python setup/run_main.py                                        # the embedded model and messages
     python setup/run_main.py --assets book                          # OpenAI's 124M weights, UCI's messages
-    python setup/run_main.py --help                                 # all options of appendix-E/appendix_e.py
+    python setup/run_main.py --help                                 # all options of appendix-E/finetune_spam.py
 """
 
 import sys
 
-import environment
+import make_environment
 
 if __name__ == "__main__":
     options = sys.argv[1:]
     if not any(option.split("=")[0] == "--assets" for option in options):
         options = ["--assets", "embedded", *options]
-    sys.exit(environment.run(environment.MAIN, "appendix-E/appendix_e.py", *options))
+    sys.exit(make_environment.run(make_environment.MAIN, "appendix-E/finetune_spam.py", *options))

@@ -7,7 +7,7 @@
 
 import sys
 
-import environment
+import make_environment
 
 if __name__ == "__main__":
-    sys.exit(environment.run(environment.ALL, "-m", "pytest", *sys.argv[1:]))
+    sys.exit(make_environment.run(make_environment.ALL, "-m", "pytest", *sys.argv[1:]))

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from notebooks import NOTEBOOK_LINES
+
 ALLOWED_SKIPS = ("slow:", "needs CUDA", "needs MPS")
-NOTEBOOK_LINES = pytest.StashKey[list]()
 
 
 def pytest_addoption(parser):
@@ -57,10 +57,10 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture(scope="session")
 def book_data():
     """The folder with the real SMS Spam Collection and the-verdict.txt, which is not committed."""
-    folder = Path(os.environ.get("BOOK_DATA", REPOSITORY.parent / "shared" / "data")).resolve()
-    if not folder.is_dir():
-        pytest.skip(f"needs the book's data: no folder {folder}; set BOOK_DATA")
-    return folder
+    folder = os.environ.get("BOOK_DATA")
+    if folder is None or not Path(folder).is_dir():
+        pytest.skip("needs the book's data: set BOOK_DATA to a folder that holds it")
+    return Path(folder).resolve()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,229 @@
+"""What LoRA buys: LoRA of several ranks and places against the last layer, the last block and all weights.
+
+`compare` trains every method with every seed, adds a line of JSON for each finished run to a file and
+leaves out what that file has already, so that an interrupted comparison resumes where it stopped.
+"""
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import save
+
+from appendix_e import count_parameters
+from book_assets import get_tokenizer
+from ch04 import pick_device
+from ch06 import SPLITS, unfreeze_last_block
+from fast_path.training import fit, prepare
+from lora.adapters import copy_to_cpu, write_files
+from spam_classifier.classifier import (
+    PRINTED,
+    LoRASettings,
+    accuracies,
+    build_classifier,
+    context_length,
+    encode_splits,
+    finetune,
+    load_splits,
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune: what is trained, and its settings, the learning rate chosen on validation data."""
+
+    title: str
+    kind: str  # lora, layer, block or full
+    settings: LoRASettings
+    pretrained: bool = True
+
+
+def at_rate(learning_rate, **lora):
+    return LoRASettings(**lora).with_training(learning_rate=learning_rate)
+
+
+METHODS = (
+    Method("LoRA as printed, rank 16", "lora", PRINTED),
+    *(
+        Method(f"LoRA, all layers, rank {rank}", "lora", at_rate(1e-4, rank=rank))
+        for rank in (1, 2, 4, 8, 16, 32)
+    ),
+    Method("LoRA, query and value, rank 16", "lora", at_rate(1e-4, targets=("query", "value"))),
+    Method("last layer", "layer", at_rate(5e-3)),
+    Method("last block", "block", at_rate(2e-4)),
+    Method("all weights", "full", at_rate(1e-4)),
+    Method("LoRA as printed, random weights", "lora", PRINTED, pretrained=False),
+)
+
+
+def choose_parameters(model, method):
+    """Freeze `model`, in place, except for what `method` trains."""
+    if method.kind == "lora":
+        method.settings.adapt(model)
+    elif method.kind == "layer":
+        model.requires_grad_(False)
+        model.out_head.requires_grad_(True)
+    elif method.kind == "block":
+        unfreeze_last_block(model)
+    else:
+        model.requires_grad_(True)
+
+
+# One run
+
+
+def build_model(method, size, device):
+    """Return a classifier of GPT-2 `size` in which `method`'s parameters are trainable, for `fit`."""
+    training = method.settings.training
+    model, _ = build_classifier(size, training.seed, method.pretrained)
+    choose_parameters(model, method)
+    return prepare(model, training, device)
+
+
+def checkpoint_bytes(model):
+    """Return the size of a safetensors file with the trained parameters alone."""
+    return len(save({n: copy_to_cpu(p) for n, p in model.named_parameters() if p.requires_grad}))
+
+
+def step_memory(model, encoded, settings, device):
+    """Return the peak bytes of a training step on the longest messages: weights, gradients,
+    optimizer state, activations and scratch.
+
+    On CUDA torch's own count, elsewhere the running sum of the profiler's allocations in the
+    process's memory (None on MPS). The step trains `model`: give one that is built for this.
+    """
+    messages, labels = encoded["train"]
+    longest = sorted(range(len(messages)), key=lambda i: -len(messages[i]))[: settings.batch_size]
+    batch = [messages[i] for i in longest], labels[longest]
+    once = replace(settings, epochs=1, progress=False)
+    if device.type == "mps":
+        return None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        fit(model, batch, once, device)
+        return torch.cuda.max_memory_allocated(device)
+    tensors = [*model.parameters(), *model.buffers()]
+    resident = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return resident + peak_of_allocations(lambda: fit(model, batch, once, device))
+
+
+def peak_of_allocations(function):
+    """Return the most bytes of tensors that are in CPU memory at once because of `function()`."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now, peak = 0, 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@contextmanager
+def quiet_stderr():
+    """Drop what native code writes to standard error: the profiler greets there in some versions."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def run_method(method, size, encoded, device):
+    """Fine-tune once from the pretrained weights; return the run's metrics, a JSON-serialisable dictionary."""
+    training = method.settings.training
+    memory = step_memory(build_model(method, size, device), encoded, training, device)
+    model = build_model(method, size, device)
+    trained, total = count_parameters(model)
+    size_on_disk = checkpoint_bytes(model)
+    history = finetune(model, {"train": encoded["train"]}, training, device)
+    return {
+        "trained_parameters": trained, "total_parameters": total, "checkpoint_bytes": size_on_disk,
+        "seconds_per_step": history.seconds / len(history.losses), "step_memory_bytes": memory,
+        "final_loss": history.losses[-1], **accuracies(model, encoded, device),
+    }
+
+
+# All runs
+
+
+def compare(
+    choice, output, methods=METHODS, seeds=(1, 2, 3), size="124M", epochs=5, device=None, quick=False,
+    report=print,
+):
+    """Train every method with every seed and return a DataFrame, one row per run.
+
+    Each finished run is added to the file `output`, one line of JSON per run; a run that the file has
+    already, with the same method, seed, model, data and epochs, is not repeated. `report` is called with
+    a line for each new run.
+    """
+    device = device or pick_device()
+    size, data = choice.model_size(size), choice.data + (", few messages" if quick else "")
+    runs, encoded, wanted = read_runs(output), None, []
+    for seed in seeds:
+        for method in methods:
+            settings = method.settings.with_training(seed=seed, epochs=epochs, progress=False)
+            method = replace(method, settings=settings)
+            key = json.loads(json.dumps({"model": size, "data": data, **asdict(method)}))  # as in the file
+            run = next((run for run in runs if key.items() <= run.items()), None)
+            if run is None:
+                encoded = encoded or load_encoded(choice, size, quick)
+                run = {**key, **run_method(method, size, encoded, device)}
+                runs.append(run)
+                write_runs(output, runs)
+                report(f"{method.title}, seed {seed}: {run['test']:.2%} of the test messages")
+            wanted.append(run)
+    return pd.json_normalize(wanted)  # settings.rank, settings.training.seed, …
+
+
+def load_encoded(choice, size, quick):
+    """Return `encode_splits` of the messages of `choice`, cut to the context of GPT-2 `size`."""
+    max_tokens = context_length(build_classifier(size)[0])
+    return encode_splits(load_splits(choice, quick), get_tokenizer(), max_tokens)
+
+
+def read_runs(path):
+    """Return the runs of a file that `write_runs` wrote, [] if there is none."""
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def write_runs(path, runs):
+    """Write one line of JSON per run, under another name first, so that no line is ever cut off."""
+    text = "".join(json.dumps(run) + "\n" for run in runs)
+    write_files(Path(path).parent, {Path(path).name: text.encode()})
+
+
+# Results
+
+
+def summary(runs):
+    """Return a DataFrame of texts, one row per method: costs, accuracies as mean ± standard deviation."""
+    rows = {}
+    for title, group in runs.groupby("title", sort=False):
+        memory = group["step_memory_bytes"].median()
+        rows[title] = {
+            "trained": f"{group['trained_parameters'].iloc[0]:,}",
+            "checkpoint": f"{group['checkpoint_bytes'].iloc[0] / 1e6:,.3f} MB",
+            "s/step": f"{group['seconds_per_step'].median():.3f}",
+            "step memory": "" if pd.isna(memory) else f"{memory / 1e6:,.0f} MB",
+            **{part: mean_and_spread(group[part]) for part in SPLITS},
+        }
+    return pd.DataFrame(rows).T
+
+
+def mean_and_spread(values):
+    values = 100 * values
+    return f"{values.mean():.1f} ± {values.std():.1f} %" if len(values) > 1 else f"{values.mean():.1f} %"

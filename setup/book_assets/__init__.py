@@ -1,0 +1,138 @@
+"""What the book's code runs on: the choice of model and data, places on disk, the tokenizer, figures.
+
+`table` holds every download, `downloads` fetches them; `setup/fetch_assets.py` is the command.
+`DOWNLOADS.md` explains the variables LLM_ASSETS, LLM_CACHE_DIR and NOTEBOOK_QUICK.
+"""
+
+import io
+import json
+import os
+from argparse import ArgumentTypeError
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from book_assets.table import EMBEDDED_MODEL
+
+# The switch
+
+MODELS = {"book": "OpenAI's GPT-2", "embedded": "gpt2-tiny, this repository's own small GPT-2"}
+DATA = {
+    "book": "the book's texts (UCI's SMS Spam Collection, The Verdict)",
+    "embedded": "this repository's own texts (sample messages, short story)",
+}
+
+
+class AssetsError(ArgumentTypeError, ValueError):
+    """A text does not name a choice of assets; argparse prints the message as it is."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which model and which data to use, each "book" (downloaded) or "embedded" (in the repository)."""
+
+    model: str
+    data: str
+
+    @classmethod
+    def parse(cls, text):
+        """Return the choice that "book", "embedded" or, for example, "model=embedded,data=book" names.
+
+        Raises AssetsError, a ValueError, for any other text.
+        """
+        known = {word: cls(word, word) for word in MODELS}
+        for model, data in product(MODELS, DATA):
+            choice = cls(model, data)
+            known |= {f"model={model},data={data}": choice, f"data={data},model={model}": choice}
+        if text.replace(" ", "") not in known:
+            raise AssetsError(
+                f'{text!r} is not a choice of assets: use "book", "embedded", or "model=…,data=…" '
+                "with one of the two words for each (environment variable LLM_ASSETS)"
+            )
+        return known[text.replace(" ", "")]
+
+    def model_size(self, size="124M"):
+        """Return which GPT-2 to load: "tiny" where the embedded model is chosen, else `size`."""
+        return "tiny" if self.model == "embedded" else size
+
+    def __str__(self):
+        return f"model={self.model}: {MODELS[self.model]}\ndata={self.data}: {DATA[self.data]}"
+
+
+def choose_assets(default="book"):
+    """Return the `Choice` that LLM_ASSETS names, or `default` where the variable is not set or empty.
+
+    Raises AssetsError as `Choice.parse`.
+    """
+    return Choice.parse(os.environ.get("LLM_ASSETS", "").strip() or default)
+
+
+def is_quick():
+    """Return whether NOTEBOOK_QUICK asks for short trainings: set, and neither empty nor 0."""
+    return os.environ.get("NOTEBOOK_QUICK", "") not in ("", "0")
+
+
+def in_cache(path):
+    """Return `path`, put under LLM_CACHE_DIR if that variable is set and `path` is relative."""
+    cache = os.environ.get("LLM_CACHE_DIR")
+    return Path(cache).expanduser().absolute() / path if cache else Path(path)
+
+
+@contextmanager
+def replacing(path):
+    """Give a temporary path beside `path` to write to; it becomes `path`, whole, if no error is raised."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# The tokenizer
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+END_OF_TEXT = "<|endoftext|>"
+
+
+def get_tokenizer(folder=EMBEDDED_MODEL):
+    """Return GPT-2's tokenizer from vocab.bpe and encoder.json in `folder`, without any network access.
+
+    The encoding is `tiktoken.get_encoding("gpt2")`'s. Raises FileNotFoundError if a file is missing,
+    ValueError if the two do not belong together.
+    """
+    import tiktoken
+
+    ids = json.loads((Path(folder) / "encoder.json").read_text(encoding="utf-8"))
+    merges = (Path(folder) / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    if any(ids.get(merge.replace(" ", "")) != 256 + rank for rank, merge in enumerate(merges)):
+        raise ValueError(f"vocab.bpe and encoder.json in {folder} do not belong together: fetch both again")
+    end_of_text = ids.pop(END_OF_TEXT)
+    byte_of = printable_bytes()
+    ranks = {bytes(byte_of[char] for char in token): rank for token, rank in ids.items()}
+    return tiktoken.Encoding(
+        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_of_text}
+    )
+
+
+def printable_bytes():
+    """Return which byte each character of encoder.json stands for: unprintable ones follow from U+0100."""
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 32]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+# Figures
+
+
+def show(fig, alt):
+    """Display a matplotlib figure as a PNG with the alternative text `alt`, and close it."""
+    import matplotlib.pyplot as plt
+    from IPython.display import Image, display
+
+    picture = io.BytesIO()
+    fig.savefig(picture, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
+    plt.close(fig)
+    display(Image(picture.getvalue(), alt=alt))

@@ -1,0 +1,128 @@
+"""Every download of the book's code, and the places of what this repository ships. Imports nothing of ours."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+EMBEDDED_MODEL = REPOSITORY / "ch05" / "gpt2-tiny"
+EMBEDDED_TEXT = REPOSITORY / "ch05" / "short-story.txt"
+EMBEDDED_MESSAGES = REPOSITORY / "ch06" / "sample_messages" / "SMSSpamCollection.tsv"
+
+
+@dataclass(frozen=True)
+class Member:
+    """The one file that is wanted from a zip archive: its name there, size in bytes, SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file to download: where from (in order), how many bytes, SHA-256, licence.
+
+    `size` and `sha256` are None where they are not known: the asset is unpinned, and the hash of the
+    first download is recorded and enforced from then on. An archive with a `member` is good if that
+    member is, so that any mirror's zip serves. `folder` is where the book puts the file.
+    """
+
+    name: str
+    filename: str
+    sources: tuple
+    size: int | None
+    sha256: str | None
+    licence: str
+    member: Member | None = None
+    folder: str = "."
+
+
+OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2"
+MIRROR = "https://f001.backblazeb2.com/file/LLMs-from-scratch"
+HUGGING_FACE = "https://huggingface.co/openai-community"
+GPT2_LICENCE = "modified MIT, OpenAI"
+VOCABULARY = {  # the same two files for every size of GPT-2
+    "encoder.json": (1042301, "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
+    "vocab.bpe": (456318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+}
+DATA_FILE = "model.ckpt.data-00000-of-00001"
+CHECKPOINTS = {  # size in bytes and SHA-256 of each file, as far as they are known
+    "124M": {
+        "checkpoint": (77, "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb"),
+        "hparams.json": (90, "d9d56e4121c427164e0c55c6f03c08e1daf9002b9b672825112d19097b680318"),
+        DATA_FILE: (497759232, "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118"),
+        "model.ckpt.index": (5215, "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687"),
+        "model.ckpt.meta": (471155, "4668c448fa11531fd6700460487f73e82d3272960cea942252f8744bf225c77b"),
+    },
+    "355M": {
+        "checkpoint": (None, None),
+        "hparams.json": (91, None),
+        DATA_FILE: (1419292672, None),
+        "model.ckpt.index": (10399, None),
+        "model.ckpt.meta": (926519, None),
+    },
+}
+CHECKPOINTS |= {size: dict.fromkeys(CHECKPOINTS["124M"], (None, None)) for size in ("774M", "1558M")}
+SAFETENSORS = {  # repository and revision, size in bytes, SHA-256
+    "124M": (
+        "gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e", 548105171,
+        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    ),
+    "355M": ("gpt2-medium/resolve/main", None, None),
+    "774M": ("gpt2-large/resolve/main", None, None),
+    "1558M": ("gpt2-xl/resolve/main", None, None),
+}
+
+
+def gpt2_assets(model_size):
+    """Yield the files of one GPT-2: OpenAI's checkpoint, its vocabulary, and Hugging Face's weights."""
+    folder = f"gpt2/{model_size}"
+    for file, (size, sha256) in (CHECKPOINTS[model_size] | VOCABULARY).items():
+        sources = [f"{OPENAI}/models/{model_size}/{file}", f"{MIRROR}/gpt2/{model_size}/{file}"]
+        if file in VOCABULARY and model_size != "124M":
+            sources.append(f"{OPENAI}/models/124M/{file}")
+        yield Asset(f"{folder}/{file}", file, tuple(sources), size, sha256, GPT2_LICENCE, folder=folder)
+    repository, size, sha256 = SAFETENSORS[model_size]
+    file = "model.safetensors"
+    url = f"{HUGGING_FACE}/{repository}/{file}"
+    yield Asset(f"{folder}/{file}", file, (url,), size, sha256, "MIT, OpenAI", folder=folder)
+
+
+def bpe_assets():
+    """Yield GPT-2's two vocabulary files from where tiktoken has them, and from the models' folders."""
+    for file, (size, sha256) in VOCABULARY.items():
+        sources = tuple(f"{root}/{file}" for root in (
+            f"{OPENAI}/encodings/main", f"{OPENAI}/models/124M", f"{MIRROR}/gpt2/124M",
+        ))
+        yield Asset(f"gpt2-bpe/{file}", file, sources, size, sha256, GPT2_LICENCE, folder="gpt2-bpe")
+
+
+SPAM = Asset(
+    name="sms-spam",
+    filename="sms_spam_collection.zip",
+    sources=(
+        "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
+        f"{MIRROR}/sms%2Bspam%2Bcollection.zip",
+    ),
+    size=203415,
+    sha256="1587ea43e58e82b14ff1f5425c88e17f8496bfcdb67a583dbff9eefaf9963ce3",
+    licence="CC BY 4.0, Almeida and Gómez Hidalgo, doi 10.24432/C5CC84",
+    member=Member(
+        "SMSSpamCollection", 477907, "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"
+    ),
+)
+VERDICT = Asset(
+    name="the-verdict",
+    filename="the-verdict.txt",
+    sources=(
+        "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
+        "ch02/01_main-chapter-code/the-verdict.txt",
+    ),
+    size=20479,
+    sha256="b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
+    licence="public domain, Edith Wharton, 1908",
+)
+ASSETS = {
+    asset.name: asset
+    for asset in (*(a for size in CHECKPOINTS for a in gpt2_assets(size)), *bpe_assets(), SPAM, VERDICT)
+}

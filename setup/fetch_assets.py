@@ -1,0 +1,111 @@
+"""List or fetch ahead of time what the book's code downloads.
+
+    python setup/fetch_assets.py list                       # what is there, what is missing, how large
+    python setup/fetch_assets.py fetch gpt2/124M sms-spam   # ahead of a flight; --all for everything
+    python setup/fetch_assets.py tiktoken                   # tiktoken.get_encoding("gpt2") without a network
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from book_assets import in_cache, replacing
+from book_assets.downloads import DownloadError, fetch
+from book_assets.table import ASSETS, EMBEDDED_MODEL, VOCABULARY
+
+
+def fill_tiktoken_cache():
+    """Copy the embedded vocabulary to where tiktoken looks before it downloads; return that folder.
+
+    tiktoken's own rules: TIKTOKEN_CACHE_DIR, else DATA_GYM_CACHE_DIR, else the system's temporary folder;
+    a file's name there is the SHA-1 of its URL.
+    """
+    chosen = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    if chosen == "":
+        raise ValueError("an empty TIKTOKEN_CACHE_DIR turns tiktoken's cache off: unset it or name a folder")
+    folder = Path(chosen) if chosen else Path(tempfile.gettempdir()) / "data-gym-cache"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in VOCABULARY:
+        name = hashlib.sha1(ASSETS[f"gpt2-bpe/{file}"].sources[0].encode()).hexdigest()
+        with replacing(folder / name) as partial:
+            shutil.copyfile(EMBEDDED_MODEL / file, partial)
+    return folder
+
+
+def readable(size):
+    """Return a number of bytes as text: 497.8 MB; a question mark for None."""
+    if size is None:
+        return "?"
+    if size < 1000:
+        return f"{size} B"
+    unit = "kB" if size < 1e6 else "MB" if size < 1e9 else "GB"
+    return f"{size / {'kB': 1e3, 'MB': 1e6, 'GB': 1e9}[unit]:.1f} {unit}"
+
+
+def named(names):
+    """Return the assets with these names or under these folders, such as gpt2/124M."""
+    found = []
+    for name in names:
+        matches = [a for a in ASSETS.values() if a.name == name or a.name.startswith(f"{name}/")]
+        if not matches:
+            groups = sorted({re.sub(r"/[^/]*$", "", asset) for asset in ASSETS})
+            raise ValueError(f"no asset {name!r}: name one that `list` shows, or {', '.join(groups)}")
+        found += matches
+    return found
+
+
+def list_assets(base):
+    """Print a line for each asset: is it in the folder `base`, how large, pinned by a hash or not."""
+    for asset in ASSETS.values():
+        path = base / asset.folder / asset.filename
+        state = "there" if path.exists() else "missing"
+        size = path.stat().st_size if path.exists() else asset.size
+        pin = "pinned" if asset.sha256 else "unpinned"
+        print(f"{state:8} {readable(size):>9}  {pin:9} {asset.name:42} {asset.licence}")
+
+
+def fetch_assets(assets, base):
+    """Fetch all; return the reports of those that failed."""
+    failures = []
+    for asset in assets:
+        try:
+            path = fetch(asset, base / asset.folder)
+            print(f"{asset.name}: {path} ({readable(path.stat().st_size)})")
+        except DownloadError as error:
+            failures.append(str(error))
+    return failures
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="List or fetch what the book's code downloads.")
+    parser.add_argument("command", choices=("list", "fetch", "tiktoken"))
+    parser.add_argument("names", nargs="*", help="assets, or folders of them, such as gpt2/124M")
+    parser.add_argument("--all", action="store_true", help="fetch everything in the table (about 23 GB)")
+    parser.add_argument("--folder", default=in_cache("."), help="default: LLM_CACHE_DIR, else this folder")
+    args = parser.parse_args(arguments)
+    if args.command == "tiktoken":
+        print(f"tiktoken finds GPT-2's vocabulary in {fill_tiktoken_cache()}")
+        return
+    base = Path(args.folder).absolute()
+    print(f"folder {base}")
+    if args.command == "list":
+        return list_assets(base)
+    try:
+        assets = list(ASSETS.values()) if args.all else named(args.names)
+    except ValueError as error:
+        parser.error(str(error))
+    if not assets:
+        parser.error("name what to fetch, or give --all")
+    if not os.environ.get("LLM_CACHE_DIR"):
+        print(f"Notebooks look in their own folder, or here if you set LLM_CACHE_DIR={base}")
+    if failures := fetch_assets(assets, base):
+        sys.exit("\n\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()

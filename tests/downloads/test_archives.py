@@ -1,0 +1,185 @@
+"""A member is taken out of an archive whole and verified, and nothing else is written anywhere."""
+
+import hashlib
+import io
+import os
+import random
+import zipfile
+from dataclasses import replace
+
+import pytest
+
+import download_helpers
+from book_assets import archives, downloads
+from book_assets.downloads import DownloadError, fetch_spam_data
+from book_assets.table import ASSETS, Member
+from download_helpers import files
+from misbehaving_server import Server
+
+naps, patience = download_helpers.naps, download_helpers.patience
+
+NUMBERS = random.Random(1).sample(range(10**6), 5000)
+MESSAGES = "".join(f"ham\tmessage {number}\n" for number in NUMBERS).encode()
+MEMBER = Member("SMSSpamCollection", len(MESSAGES), hashlib.sha256(MESSAGES).hexdigest())
+
+
+def zipped(*members, method=zipfile.ZIP_DEFLATED):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", method) as opened:
+        for name, content in members:
+            opened.writestr(name, content)
+    return archive.getvalue()
+
+
+GOOD = zipped(("SMSSpamCollection", MESSAGES), ("readme", "about"))
+BOMB = zipped(("SMSSpamCollection", bytes(20 * len(MESSAGES))))
+SIZE_OF_BOMB = (20 * len(MESSAGES)).to_bytes(4, "little")
+ARCHIVES = {
+    "good.zip": GOOD,
+    "mirror.zip": zipped(("readme", "other"), ("SMSSpamCollection", MESSAGES), method=zipfile.ZIP_STORED),
+    "outside.zip": zipped(("SMSSpamCollection", MESSAGES), ("../escaped", "x")),
+    "absolute.zip": zipped(("SMSSpamCollection", MESSAGES), ("/tmp/escaped", "x")),
+    "windows.zip": zipped(("SMSSpamCollection", MESSAGES), ("..\\escaped", "x")),
+    "truncated.zip": GOOD[: len(GOOD) // 2],
+    "damaged.zip": GOOD[:1000] + b"damage" + GOOD[1006:],
+    "bomb.zip": BOMB,
+    "lying_bomb.zip": BOMB.replace(SIZE_OF_BOMB, len(MESSAGES).to_bytes(4, "little")),
+    "other.zip": zipped(("SMSSpamCollection", MESSAGES[::-1])),
+    "without.zip": zipped(("readme", "about")),
+}
+REFUSED = {
+    "outside.zip": r"'\.\./escaped', which leads out",
+    "absolute.zip": r"'/tmp/escaped', which leads out",
+    "windows.zip": r"escaped', which leads out",
+    "truncated.zip": "damaged zip archive",
+    "damaged.zip": "damaged zip archive",
+    "bomb.zip": f"has {20 * len(MESSAGES):,} bytes",
+    "lying_bomb.zip": "damaged zip archive",
+    "other.zip": "SMSSpamCollection has SHA-256",
+    "without.zip": "0 members called SMSSpamCollection",
+}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server(ARCHIVES) as running:
+        yield running
+
+
+@pytest.fixture
+def get(server, patience, tmp_path):
+    """Call `fetch_spam_data` as listing E.1 does, with a table of our own."""
+    server.requests.clear()
+
+    def call(*names, url=None, sha256=MEMBER.sha256):
+        sources = tuple(server.url(name) for name in names)
+        table = replace(ASSETS["sms-spam"], sources=sources, size=len(GOOD), member=MEMBER)
+        folder = tmp_path / "sms_spam_collection"
+        return fetch_spam_data(
+            url and server.url(url), tmp_path / "sms_spam_collection.zip", folder,
+            folder / "SMSSpamCollection.tsv", member_sha256=sha256, asset=table, patience=patience,
+        )
+
+    return call
+
+
+def assert_extracted(target):
+    assert target.read_bytes() == MESSAGES
+    assert sorted(target.parent.iterdir()) == [target]
+    assert files(target.parent.parent) == ["sms_spam_collection", "sms_spam_collection.zip"]
+
+
+@pytest.mark.parametrize("name", ["good.zip", "mirror.zip"])
+def test_any_archive_with_the_right_member_serves(name, get):
+    assert_extracted(get(name))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_archive_is_refused_and_leaves_nothing(name, get, tmp_path):
+    with pytest.raises(DownloadError, match=REFUSED[name]):
+        get(name)
+    assert files(tmp_path) == [] and not (tmp_path.parent / "escaped").exists()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_after_a_bad_archive_the_mirror_serves(name, get):
+    assert_extracted(get(name, "mirror.zip"))
+
+
+def test_an_explicit_url_is_tried_alone(get, server):
+    with pytest.raises(DownloadError, match="0 members"):
+        get("good.zip", url="without.zip")
+    assert [request.path for request in server.requests] == ["/good/without.zip"]
+
+
+def test_another_member_is_taken_only_if_the_caller_says_so(get):
+    assert get(url="other.zip", sha256=None).read_bytes() == MESSAGES[::-1]
+
+
+def test_a_huge_member_is_refused_even_if_any_is_welcome(get, monkeypatch):
+    monkeypatch.setattr(archives, "LARGEST", 2 * len(MESSAGES))
+    with pytest.raises(DownloadError, match="bytes"):
+        get(url="bomb.zip", sha256=None)
+
+
+def test_what_is_there_needs_no_network(get, server):
+    get("good.zip")
+    server.requests.clear()
+    assert_extracted(get("without.zip"))
+    assert server.requests == []
+
+
+def test_an_archive_put_there_by_hand_needs_no_network(get, server, tmp_path):
+    (tmp_path / "sms_spam_collection.zip").write_bytes(ARCHIVES["mirror.zip"])
+    assert_extracted(get("without.zip"))
+    assert server.requests == []
+
+
+def test_a_bad_archive_that_is_there_is_reported_and_left_alone(get, tmp_path):
+    archive = tmp_path / "sms_spam_collection.zip"
+    archive.write_bytes(ARCHIVES["truncated.zip"])
+    with pytest.raises(DownloadError, match=r"collection\.zip is there, but a damaged zip.* move it away"):
+        get("good.zip")
+    assert archive.read_bytes() == ARCHIVES["truncated.zip"]
+
+
+def test_a_data_file_that_differs_is_reported_and_left_alone(get, server):
+    target = get("good.zip")
+    target.write_bytes(b"ham\tmine\n")
+    with pytest.raises(DownloadError, match=r"SMSSpamCollection\.tsv is there, but it is not the SMS Spam"):
+        get("good.zip")
+    assert target.read_bytes() == b"ham\tmine\n"
+
+
+def test_an_interrupted_extraction_is_repeated(get, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "sms_spam_collection.zip").write_bytes(GOOD)
+    with monkeypatch.context() as patched:
+        patched.setattr(downloads.os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            get("without.zip")
+    target = tmp_path / "sms_spam_collection" / "SMSSpamCollection.tsv"
+    assert not target.exists()
+    os.truncate(f"{target}.partial", 1000)  # as if the disk had not seen the rest
+    assert_extracted(get("without.zip"))
+
+
+def test_the_cache_holds_the_archive_and_the_listing_its_data_file(server, patience, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    fetch_spam_data(
+        server.url("good.zip"), "s.zip", "s", "s/S.tsv", member_sha256=MEMBER.sha256, patience=patience,
+        asset=replace(ASSETS["sms-spam"], member=MEMBER),
+    )
+    assert (tmp_path / "cache" / "s.zip").exists() and (tmp_path / "s" / "S.tsv").read_bytes() == MESSAGES
+
+
+def test_the_default_pin_is_the_real_collection(book_data, patience, tmp_path):
+    content = (book_data / "sms_spam_collection" / "SMSSpamCollection").read_bytes()
+    with Server({"real.zip": zipped(("SMSSpamCollection", content)), "other.zip": GOOD}) as server:
+        paths = tmp_path / "s.zip", tmp_path / "s", tmp_path / "s" / "S.tsv"
+        with pytest.raises(DownloadError, match=r"SMSSpamCollection has [\d,]+ bytes"):
+            fetch_spam_data(server.url("other.zip"), *paths, patience=patience)
+        assert fetch_spam_data(server.url("real.zip"), *paths, patience=patience).read_bytes() == content

@@ -1,0 +1,5 @@
+"""What the tests of notebooks share."""
+
+import pytest
+
+NOTEBOOK_LINES = pytest.StashKey[list]()
