@@ -1,6 +1,5 @@
 """Every notebook runs from top to bottom with the embedded model and data, and is committed executed."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -9,28 +8,18 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from book_assets.table import REPOSITORY
-from notebooks import NOTEBOOK_LINES
+from notebooks import ABRIDGED, CHECK, NOTEBOOK_LINES, NOTEBOOKS, SKIP, all_cells, cells, source, tagged
 
-NOTEBOOKS = sorted(
-    path for path in REPOSITORY.glob("*/*.ipynb") if not path.parent.name.startswith((".", "build"))
-)
 MIN_COMPARED = 5
-CHECK, SKIP = "NBVAL_CHECK_OUTPUT", "NBVAL_SKIP"
+MOST_CELLS, MOST_CODE_CELLS_IN_A_ROW = 100, 3
 ids = [path.name for path in NOTEBOOKS]
 
 
-def cells(path, kind="code"):
-    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [cell for cell in found if cell["cell_type"] == kind and "".join(cell["source"]).strip()]
-
-
-def marked(path, marker):
-    return [cell for cell in cells(path) if f"# {marker}" in "".join(cell["source"])]
-
-
 def test_every_chapter_has_its_notebook():
-    expected = {"ch04.ipynb", "ch05.ipynb", "ch06.ipynb", "appendix-E.ipynb", "lora-in-practice.ipynb"}
+    expected = {
+        "ch04.ipynb", "ch05.ipynb", "ch06.ipynb", "appendix-E.ipynb", "lora-in-practice.ipynb",
+        "inside-lora.ipynb", "what-lora-buys.ipynb",
+    }
     assert expected <= set(ids)
 
 
@@ -52,7 +41,7 @@ def test_notebook_executes_offline_and_its_checked_outputs_come_out(path, tmp_pa
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     suite = ET.parse(report).getroot().find("testsuite")
     executed = int(suite.get("tests")) - int(suite.get("skipped"))
-    compared, skipped = len(marked(path, CHECK)), len(marked(path, SKIP))
+    compared, skipped = len(tagged(path, CHECK)), len(tagged(path, SKIP))
     request.config.stash[NOTEBOOK_LINES].append(
         f"{path.name}: {executed} cells executed, {compared} of them compared, {skipped} skipped"
     )
@@ -71,20 +60,28 @@ def test_notebook_is_committed_run_from_top_to_bottom(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
-def test_skipped_cells_say_why_and_checked_cells_have_outputs(path):
-    for cell in marked(path, SKIP):
-        line = next(line for line in cell["source"] if SKIP in line)
-        assert len(line.split(SKIP)[1].split()) > 2, f"no reason: {line}"
-    for cell in marked(path, CHECK):
-        assert cell["outputs"], "nothing to compare: " + "".join(cell["source"])[:80]
+def test_checked_cells_have_outputs_and_tags_are_known(path):
+    for cell in tagged(path, CHECK):
+        assert cell["outputs"], "nothing to compare: " + source(cell)[:80]
+    used = {tag for cell in cells(path) for tag in cell["metadata"].get("tags", [])}
+    assert used <= {CHECK, SKIP, ABRIDGED}
+    assert not any("NBVAL" in source(cell) for cell in cells(path)), "use a tag"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
+def test_code_is_interrupted_by_sentences(path):
+    kinds = [cell["cell_type"] for cell in all_cells(path)]
+    assert len(kinds) <= MOST_CELLS
+    runs = "".join("c" if kind == "code" else " " for kind in kinds).split()
+    assert max(map(len, runs)) <= MOST_CODE_CELLS_IN_A_ROW
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
 def test_pictures_have_alternative_text_and_code_lines_fit(path):
     for cell in cells(path):
-        for line in "".join(cell["source"]).splitlines():
-            assert len(line) <= 78, line
+        for line in source(cell).splitlines():
+            assert len(line) <= 88, line
         for output in cell["outputs"]:
             if "image/png" in output.get("data", {}):
                 html, alt = output["data"].get("text/html", ""), output["metadata"].get("image/png", {})
-                assert 'alt="' in html or alt.get("alt"), "".join(cell["source"])[:80]
+                assert 'alt="' in html or alt.get("alt"), source(cell)[:80]
