@@ -175,7 +175,7 @@ def require_plain(model):
 def require_unmerged(model):
     """Raise ValueError if LoRA is merged into `model`."""
     if is_merged(model):
-        raise ValueError("LoRA is merged into this model: unmerge_lora it first")
+        raise ValueError("LoRA is merged into this model: call unmerge_lora first")
 
 
 def remove_lora(model):
