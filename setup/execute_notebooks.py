@@ -25,8 +25,8 @@ def execute(path):
         "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    for cell in notebook.cells:  # tags stay, times of execution go
-        cell.metadata = {name: value for name, value in cell.metadata.items() if name == "tags"}
+    for cell in notebook.cells:
+        cell.metadata = {}  # times of execution
     partial = path.with_suffix(".partial")
     nbformat.write(notebook, partial)
     os.replace(partial, path)
