@@ -1,8 +1,8 @@
-"""Adapters as values and as files: save, load, switch, combine, and Hugging Face PEFT's format.
+"""Adapters in memory and on disk: take, set, save, load and combine them.
 
-Here an `Adapter` is what was trained and nothing else: A and B of every adapted layer and the
-parameters trained in full. In the folder that `save_adapter` writes they are `lora.safetensors`;
-`lora.json` beside it holds the settings, a fingerprint of the base model and a checksum.
+An `Adapter` contains what was trained and nothing else: A and B of every adapted layer and the parameters
+trained in full. `save_adapter` writes these tensors to `lora.safetensors`, and their settings, a
+fingerprint of the base model and a checksum to `lora.json`.
 """
 
 import hashlib
@@ -35,48 +35,51 @@ LAYER_SETTINGS = ("rank", "alpha", "scaling", "dropout")
 
 @dataclass(frozen=True)
 class Adapter:
-    """`layers`: {name: rank, alpha, scaling, dropout}; `tensors`: name.lora.A (in, rank), name.lora.B
-    (rank, out) and parameters trained in full; `base`: the base model's fingerprint, if known.
-    """
+    """What training has changed, with what is needed to load it."""
 
-    layers: dict
-    tensors: dict
-    base: str | None = None
-    notes: dict = field(default_factory=dict)
+    layers: dict  # {layer's name: {rank, alpha, scaling, dropout}}
+    tensors: dict  # name.lora.A (in, rank), name.lora.B (rank, out), fully trained ones
+    base: str | None = None  # fingerprint of the base model, if known
+    notes: dict = field(default_factory=dict)  # anything for JSON
 
 
 # From a model to an adapter
 
 
 def base_parameters(model):
-    """Return {name: parameter} without LoRA's own, named as if nothing were adapted."""
+    """Return {name: parameter} of all but LoRA's A and B, with the names of the model without LoRA."""
     names = {}
     for name, layer in adapted_layers(model).items():
         for part, _ in layer.linear.named_parameters():
             names[f"{name}.linear.{part}"] = f"{name}.{part}"
-        names |= dict.fromkeys((f"{name}.lora.A", f"{name}.lora.B"))  # None: LoRA's own
+        names |= dict.fromkeys((f"{name}.lora.A", f"{name}.lora.B"))  # None: omitted
     named = {names.get(name, name): p for name, p in model.named_parameters()}
     return {name: parameter for name, parameter in named.items() if name}
 
 
 def fingerprint(model, without=(), stored_as=torch.float32):
-    """Return the SHA-256 of the base parameters' names, shapes and values, except those in `without`.
+    """Return the SHA-256, in hexadecimal, of the base parameters' names, shapes and values.
 
-    Values are rounded to bfloat16 first, so that a base stored in bfloat16 is known as the same.
-    `stored_as` torch.float16 gives the fingerprint that the base has once it is stored in that.
+    - `without`: names of parameters to leave out, those trained in full
+    - `stored_as`: the dtype that the base is, or will be, stored in
+
+    Values are rounded to bfloat16 first, so a copy of the base in bfloat16 has the same fingerprint.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(base_parameters(model).items()):
         if name not in without:
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             rounded = parameter.detach().cpu().to(stored_as).bfloat16()
-            bits = rounded.contiguous().view(torch.int16)
+            bits = rounded.contiguous().view(torch.int16)  # NumPy has no bfloat16
             digest.update(bits.numpy().data)
     return digest.hexdigest()
 
 
 def is_base(model, adapter, without):
-    """Return whether `adapter` was trained on `model`'s base parameters, or on these in half precision."""
+    """Return whether `adapter` was trained on `model`'s base parameters, in full or half precision.
+
+    The parameters named in `without` are not compared; an adapter without a fingerprint fits any base.
+    """
     dtypes = (torch.float32, torch.float16)
     prints = (fingerprint(model, without, dtype) for dtype in dtypes)
     return adapter.base is None or adapter.base in prints
@@ -91,45 +94,46 @@ def copy_to_cpu(parameter):
 def take_adapter(model, notes=None):
     """Return the `Adapter` that `model` has now, as copies on the CPU.
 
-    Whatever else requires a gradient is taken as trained in full. Raises ValueError if there is no
-    LoRA, it is merged, or a value is not finite.
+    Base parameters that require a gradient count as trained in full. `notes`: a dictionary for JSON.
+    Raises ValueError if there is no LoRA, it is merged, or a value is not finite.
     """
-    layers = adapted_layers(model)
     require_unmerged(model)
+    layers = adapted_layers(model)
     if not layers:
         raise ValueError("there is no LoRA to save: call apply_lora first")
     base = base_parameters(model)
     full = {name: p for name, p in base.items() if p.requires_grad}
-    settings, parts = {}, dict(full)
+    settings = {}
+    parts = dict(full)
     for name, layer in layers.items():
         settings[name] = {key: getattr(layer.lora, key) for key in LAYER_SETTINGS}
         for part in "AB":
             parts[f"{name}.lora.{part}"] = getattr(layer.lora, part)
     tensors = {name: copy_to_cpu(p) for name, p in parts.items()}
-    check_finite(tensors, "the training has diverged")
-    base_model = fingerprint(model, without=full)
-    return Adapter(settings, tensors, base_model, notes or {})
+    check_finite(tensors, "the training has diverged: lower its learning rate")
+    return Adapter(settings, tensors, fingerprint(model, without=full), notes or {})
 
 
 # From an adapter to a model
 
 
 def set_adapter(model, adapter):
-    """Make `adapter` the one that `model` has, in place, and return `model`; any other adapter is removed.
+    """Put `adapter` into `model` in place of any other adapter, and return `model`.
 
-    Its A and B are trainable, as are its parameters trained in full; the rest is frozen.
-    Raises ValueError, with `model` as it was, if it does not fit: a layer or parameter that is not
-    there, another shape, another base model.
+    Its A and B and its parameters trained in full are trainable; all others are frozen.
+    Raises ValueError, with `model` unchanged, for a layer or parameter that `model` lacks, another shape
+    or another base model.
     """
     require_unmerged(model)
-    base, full = base_parameters(model), full_tensors(adapter)
+    base = base_parameters(model)
+    full = full_tensors(adapter)
     new = fitted_layers(model, adapter)
     for name, tensor in full.items():
         check_shape(name, tensor, base.get(name))
     if not is_base(model, adapter, full):
         raise ValueError(
-            "this adapter was trained on another base model: what it does "
-            "not hold differs. Load the same model, with the same head, first"
+            "this adapter was trained on another base model: load that model, "
+            "with the same head, first"
         )
     remove_lora(model)
     freeze(model)
@@ -141,23 +145,27 @@ def set_adapter(model, adapter):
 
 
 def full_tensors(adapter):
-    """Return the part of the tensors that is no layer's A or B: parameters trained in full."""
+    """Return {name: tensor} of the parameters trained in full: all tensors but A and B."""
     low_rank = {f"{n}.lora.{part}" for n in adapter.layers for part in "AB"}
     return {n: t for n, t in adapter.tensors.items() if n not in low_rank}
 
 
 def fitted_layers(model, adapter):
-    """Return {base layer of `model`: new LinearWithLoRA with the adapter's A and B}."""
-    linear, new = base_layers(model), {}
+    """Return {base layer of `model`: new LinearWithLoRA with the adapter's A and B}.
+
+    Raises ValueError, naming the layer or tensor, for one that is missing or has another shape.
+    """
+    linear = base_layers(model)
+    new = {}
     for name, settings in adapter.layers.items():
         if name not in linear:
-            raise ValueError(f"{name}: the model has no such linear layer")
+            raise ValueError(f"no linear layer {name}: load the adapter's base model")
         with torch.random.fork_rng(devices=[]):  # keep the random stream
             layer = with_lora(linear[name], **settings, device="meta")
         for part in "AB":
-            key, like = f"{name}.lora.{part}", getattr(layer.lora, part)
+            key = f"{name}.lora.{part}"
             tensor = adapter.tensors.get(key)
-            check_shape(key, tensor, like)
+            check_shape(key, tensor, getattr(layer.lora, part))
             tensor = tensor.to(linear[name].weight.device, copy=True)
             setattr(layer.lora, part, nn.Parameter(tensor))
         new[linear[name]] = layer
@@ -165,7 +173,7 @@ def fitted_layers(model, adapter):
 
 
 def base_layers(model):
-    """Return {name: linear layer} with the names that they have without LoRA."""
+    """Return {name: linear layer} with the names of the model without LoRA."""
     adapted = adapted_layers(model)
     inner = {layer.linear: name for name, layer in adapted.items()}
     layers = find_layers(model).items()
@@ -173,10 +181,11 @@ def base_layers(model):
 
 
 def check_shape(name, tensor, like):
+    """Raise ValueError unless the adapter's `tensor` and the model's `like` exist and have one shape."""
     if tensor is None:
         raise ValueError(f"the adapter lacks {name}: save it again")
     if like is None:
-        raise ValueError(f"the model has no parameter {name}")
+        raise ValueError(f"the model has no parameter {name}: load the adapter's base")
     if tensor.shape != like.shape:
         raise ValueError(
             f"{name} is {tuple(tensor.shape)} in the adapter, "
@@ -189,9 +198,9 @@ def check_shape(name, tensor, like):
 
 
 def save_adapter(model, folder, notes=None):
-    """Write the model's adapter into `folder` (made if need be) and return its path.
+    """Write the model's adapter into `folder`, created if missing, and return its path.
 
-    `notes`, a dictionary for JSON, is kept as it is. Raises as `take_adapter`.
+    `notes`, a dictionary for JSON, is saved with it. Raises what `take_adapter` raises.
     """
     adapter = take_adapter(model, notes)
     weights = save(adapter.tensors)
@@ -208,7 +217,7 @@ def save_adapter(model, folder, notes=None):
 
 
 def write_files(folder, contents):
-    """Write {name: bytes}, each under another name first, so a partial file never has the final name."""
+    """Write {name: bytes} into `folder`, each as name.partial first: no partial file gets the final name."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, data in contents.items():
         partial = Path(folder, f"{name}.partial")
@@ -217,11 +226,11 @@ def write_files(folder, contents):
 
 
 def read_adapter(folder):
-    """Return the `Adapter` that `save_adapter` wrote.
+    """Return the `Adapter` that `save_adapter` wrote into `folder`.
 
-    Raises FileNotFoundError if there is none, ValueError if it is damaged or something else.
+    Raises FileNotFoundError if there is none, ValueError if it is damaged or has another format.
     """
-    remedy = "save_adapter writes it; PEFT's adapters need import_peft"
+    remedy = "save_adapter writes it; use import_peft for PEFT's adapters"
     settings = read_json(folder, SETTINGS_FILE, remedy)
     check_settings(settings, Path(folder, SETTINGS_FILE))
     weights = Path(folder, WEIGHTS_FILE)
@@ -231,24 +240,24 @@ def read_adapter(folder):
             f"{weights} is missing, cut off or from another adapter than "
             f"{SETTINGS_FILE}: copy the whole folder again"
         )
-    tensors, base = read_tensors(weights), settings["base_model"]
-    return Adapter(settings["layers"], tensors, base, settings["notes"])
+    base = settings["base_model"]
+    return Adapter(settings["layers"], read_tensors(weights), base, settings["notes"])
 
 
 def check_settings(settings, path):
+    """Raise ValueError, naming what is missing, unless `settings` are those of `save_adapter`."""
     if settings.get("format") != ADAPTER_FORMAT:
-        raise ValueError(f"{path} does not have the format {ADAPTER_FORMAT}")
+        raise ValueError(f"{path} is not of the format {ADAPTER_FORMAT}: save it again")
+    layers = settings.get("layers") or {}
     missing = sorted(SETTINGS - settings.keys())
-    if not missing and not settings["layers"]:
-        missing = ["any layer"]
-    if not missing:
-        layers = settings["layers"].items()
-        missing = [name for name, layer in layers if layer.keys() != {*LAYER_SETTINGS}]
-    if missing:
-        raise ValueError(f"{path}: no settings for {missing[:3]}: save it again")
+    missing += [n for n, layer in layers.items() if layer.keys() != {*LAYER_SETTINGS}]
+    if missing or not layers:
+        found = missing[:3] or "any layer"
+        raise ValueError(f"{path}: no settings for {found}: save it again")
 
 
 def read_json(folder, name, remedy):
+    """Return the dictionary in a JSON file; `remedy` ends the FileNotFoundError's message."""
     path = Path(folder, name)
     if not path.exists():
         raise FileNotFoundError(f"no {name} in {folder}: {remedy}")
@@ -257,25 +266,25 @@ def read_json(folder, name, remedy):
     except ValueError as error:
         raise ValueError(f"{path} is damaged: copy it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no settings file: copy the folder again")
+        raise ValueError(f"{path} contains no settings: copy the folder again")
     return content
 
 
 def read_tensors(path):
-    """Return the tensors of a safetensors file; ValueError if it is damaged or not finite."""
+    """Return {name: tensor} of a safetensors file. Raises ValueError if damaged or not finite."""
     try:
-        tensors = dict(sorted(load(Path(path).read_bytes()).items()))
+        tensors = dict(sorted(load(path.read_bytes()).items()))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: copy it again") from error
-    check_finite(tensors, f"{path} comes from a training that diverged")
+    check_finite(tensors, f"{path} is from a training that diverged: train again")
     return tensors
 
 
 def load_adapter(model, folder):
-    """Give `model` the adapter that `save_adapter` wrote into `folder`, and return `model`.
+    """Put the adapter that `save_adapter` wrote into `folder` into `model`, and return `model`.
 
-    Raises as `read_adapter` and `set_adapter`, with `model` as it was; also if the model has LoRA
-    already with other layers or ranks: `set_adapter` exchanges adapters on purpose.
+    Raises what `read_adapter` and `set_adapter` raise, and ValueError if the model already has LoRA in
+    other layers or of other ranks; `model` is then unchanged.
     """
     adapter = read_adapter(folder)
     has = {n: layer.lora.rank for n, layer in adapted_layers(model).items()}
@@ -294,32 +303,36 @@ def load_adapter(model, folder):
 
 
 def combine_adapters(first, second, weights=(1.0, 1.0), full_from=None):
-    """Return one adapter that adds weights[0] · `first` and weights[1] · `second`, exactly.
+    """Return one adapter whose update is w₁ · `first`'s + w₂ · `second`'s, exactly.
 
-    Of ranks r and s it makes r + s: A = [A₁ | A₂] and B = [w₁ c₁ B₁ ; w₂ c₂ B₂] with the scales c,
-    so that A B = w₁ c₁ A₁ B₁ + w₂ c₂ A₂ B₂. Averages of A and of B would bring in A₁ B₂ and A₂ B₁.
-    What both trained in full has no low rank to concatenate: `full_from` 0 or 1 says whose to take.
-    Raises ValueError for different base models, or if that choice is missing.
+    Ranks r and s become r + s: A = [A₁ | A₂] and B = [w₁ c₁ B₁ ; w₂ c₂ B₂], with the scales c, so that
+    A B = w₁ c₁ A₁ B₁ + w₂ c₂ A₂ B₂. Averaging A and B would add the cross terms A₁ B₂ and A₂ B₁.
+
+    - `weights`: (w₁, w₂)
+    - `full_from`: 0 or 1, the adapter whose parameters trained in full are taken; needed if there are any
+
+    Raises ValueError for different base models, or if `full_from` is needed and missing.
     """
     if first.base != second.base:
-        raise ValueError("these adapters are for different base models")
+        raise ValueError("these adapters have different base models: train both on one")
     full = [full_tensors(first), full_tensors(second)]
     if any(full) and full_from not in (0, 1):
         raise ValueError(
-            f"each adapter has its own {[*full[0], *full[1]][0]}: say "
-            "with full_from=0 or full_from=1 whose to take"
+            f"{[*full[0], *full[1]][0]} was trained in full: choose whose to "
+            "take with full_from=0 or full_from=1"
         )
-    layers, tensors = {}, dict(full[full_from or 0])
+    layers = {}
+    tensors = dict(full[full_from or 0])
     for name in {**first.layers, **second.layers}:
         A, B = concatenate(name, (first, second), weights)
-        settings = (A.shape[1], 1.0, "alpha", 0.0)
-        layers[name] = dict(zip(LAYER_SETTINGS, settings, strict=True))
+        rank = A.shape[1]
+        layers[name] = {"rank": rank, "alpha": 1.0, "scaling": "alpha", "dropout": 0.0}
         tensors |= {f"{name}.lora.A": A, f"{name}.lora.B": B}
     return Adapter(layers, tensors, first.base)
 
 
 def concatenate(name, adapters, weights):
-    """Return the joint A (in, r + s) and B (r + s, out) of one layer, B scaled and weighted."""
+    """Return A (in, r + s) and B (r + s, out) of one layer of both `adapters`, B scaled and weighted."""
     parts_A, parts_B = [], []
     for adapter, weight in zip(adapters, weights, strict=True):
         if name in adapter.layers:

@@ -1,7 +1,7 @@
 """LoRA layers in any model: choose where they go, put them in, merge them, take them out.
 
-Built on appendix E's `LoRALayer` and `LinearWithLoRA`; only torch is needed. The notebook is
-`lora-in-practice.ipynb`. A layer's name is its path in the model, such as trf_blocks.0.att.W_query.
+Built on appendix E's `LoRALayer` and `LinearWithLoRA`; needs only torch. `topics/inside-lora.ipynb`
+explains these definitions. A layer's name is its path in the model: trf_blocks.0.att.W_query.
 """
 
 from fnmatch import fnmatchcase
@@ -11,8 +11,8 @@ from torch import nn
 
 from appendix_e import LinearWithLoRA, count_parameters, freeze
 
-ROLES = {  # ends of names here, in Llama, in (Distil)BERT and in Hugging Face's GPT-2
-    "query": ("W_query", "q_proj", "query", "q_lin", "c_attn"),  # c_attn is all three
+ROLES = {  # name endings here, in Llama, (Distil)BERT and Hugging Face's GPT-2
+    "query": ("W_query", "q_proj", "query", "q_lin", "c_attn"),  # c_attn: all three
     "key": ("W_key", "k_proj", "key", "k_lin", "c_attn"),
     "value": ("W_value", "v_proj", "value", "v_lin", "c_attn"),
     "projection": (
@@ -30,31 +30,32 @@ ROLES = {  # ends of names here, in Llama, in (Distil)BERT and in Hugging Face's
 
 
 def ends_with(name, pattern):
-    """Return whether whole parts at the end of `name` fit `pattern`, * for anything."""
+    """Return whether `pattern`, * for anything, fits whole components at the end of the path `name`."""
     return fnmatchcase(f".{name}", f"*.{pattern}")
 
 
 def matches(name, target):
-    """Return whether `target` selects the layer `name`: "all", a role of ROLES or a pattern.
+    """Return whether `target` selects the layer `name`.
 
-    A pattern is a name or its end, with * for anything: "W_query", "trf_blocks.0.*".
+    `target` is "all", a role of ROLES or a pattern: a path or its last components, with * for anything,
+    such as "W_query" or "trf_blocks.0.*".
     """
     if target == "mlp" and ends_with(name, "attention.output.dense"):
-        return False  # BERT's projection, which ends like its MLP's output.dense
+        return False  # BERT's projection, although its MLP ends in output.dense
     patterns = ROLES.get(target, (target,))
     return target == "all" or any(ends_with(name, pattern) for pattern in patterns)
 
 
 def is_conv1d(module):
-    """Hugging Face's Conv1D is a linear layer with its weight as (in, out); known by its shape."""
+    """Return whether `module` is Hugging Face's Conv1D, a linear layer whose weight is (in, out = nf)."""
     width = getattr(module, "nf", None)
     return width is not None and module.weight.shape[1:] == (width,)
 
 
 def find_layers(model, targets="all"):
-    """Return {name: module} of the linear layers that any of `targets` means, in the model's order.
+    """Return {name: layer} of the linear layers that `targets` select, in the model's order.
 
-    Raises ValueError for a target that means no layer of `model`.
+    `targets`: one target or several, as in `matches`. Raises ValueError for one that selects no layer.
     """
     linear = {
         name: module for name, module in model.named_modules()
@@ -64,7 +65,7 @@ def find_layers(model, targets="all"):
     for target in targets:
         if not any(matches(name, target) for name in linear):
             raise ValueError(
-                f"no linear layer of {type(model).__name__} is meant by "
+                f"no linear layer of {type(model).__name__} matches "
                 f"{target!r}: give all, {', '.join(ROLES)} or a pattern "
                 f"for names such as {', '.join([*linear][:3]) or '(none)'}"
             )
@@ -75,15 +76,18 @@ def find_layers(model, targets="all"):
 
 
 def find_modules(model, targets):
-    """Return {name: module} of the modules, of any kind, to be trained in full; errors as above."""
+    """Return {name: module} of the modules of any kind, with parameters, that `targets` select.
+
+    Raises ValueError for a target that selects no module, and for "all".
+    """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     chosen = {}
     for target in targets:
         found = {
             name: module for name, module in model.named_modules()
             if name and matches(name, target) and [*module.parameters()]
-        } if target != "all" else {}
-        if not found:
+        }
+        if not found or target == "all":
             raise ValueError(
                 f"{target!r} is no part of {type(model).__name__}: name a "
                 "module to train in full, such as head or final_norm"
@@ -96,7 +100,7 @@ def find_modules(model, targets):
 
 
 class Conv1DWithLoRA(LinearWithLoRA):
-    """`LinearWithLoRA` for Hugging Face's Conv1D, whose weight is (in, out) like A B."""
+    """`LinearWithLoRA` for Hugging Face's Conv1D: its weight is (in, out), as is A B."""
 
     def sizes(self):
         return tuple(self.linear.weight.shape)
@@ -106,13 +110,13 @@ class Conv1DWithLoRA(LinearWithLoRA):
 
 
 def with_lora(layer, rank, alpha, **options):
-    """Return the LinearWithLoRA or Conv1DWithLoRA around `layer`; options are LoRALayer's."""
+    """Return `layer`, a Linear or Conv1D, wrapped with LoRA; `options` are LoRALayer's keywords."""
     kind = Conv1DWithLoRA if is_conv1d(layer) else LinearWithLoRA
     return kind(layer, rank, alpha, **options)
 
 
 def adapted_layers(model):
-    """Return {name: layer} of the layers that have LoRA."""
+    """Return {name: LinearWithLoRA} of the layers that have LoRA, in the model's order."""
     return {
         name: module for name, module in model.named_modules()
         if isinstance(module, LinearWithLoRA)
@@ -120,7 +124,7 @@ def adapted_layers(model):
 
 
 def swap(model, new):
-    """Put `new[module]` in the place of each module that `new` has, wherever it occurs in `model`."""
+    """Replace each module that is a key of `new` by its value, wherever it occurs in `model`."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in new:
@@ -131,14 +135,19 @@ def apply_lora(
     model, rank, alpha, targets="all", scaling="alpha", dropout=0.0,
     init="printed", train_in_full=(),
 ):
-    """Give the linear layers that `targets` mean LoRA of `rank`, in place, and freeze the rest.
+    """Put LoRA into the linear layers that `targets` select, in place, freeze the rest, return `model`.
 
-    `targets` are roles (query, key, value, projection, mlp, head), "all" or name patterns, one or
-    several; `scaling` is alpha (the listing's), alpha/rank or alpha/sqrt(rank); `dropout` acts on the
-    LoRA branch's input; `init` of A is printed or paper. The modules that `train_in_full` means, by
-    role or pattern, are trained themselves instead: usually "head". Returns `model`.
-    Raises ValueError, with `model` as it was, for a target without a layer, an unknown option, or a
-    model that has LoRA already.
+    - `rank`: columns of A and rows of B, at least 1
+    - `alpha`: numerator of the scale of x A B
+    - `targets`: roles (query, key, value, projection, mlp, head), "all" or name patterns; one or several
+    - `scaling`: that scale, "alpha" (as printed), "alpha/rank" (paper, PEFT) or "alpha/sqrt(rank)" (rsLoRA)
+    - `dropout`: fraction of x that the LoRA branch drops in training, in [0, 1)
+    - `init`: of A, "printed" (uniform in ±1/√rank) or "paper" (±1/√in)
+    - `train_in_full`: roles or patterns of modules to train themselves, usually "head"; they get no LoRA.
+      PEFT calls them modules_to_save.
+
+    Raises ValueError, with `model` unchanged, for a target that selects nothing, an option out of range, or
+    a model that already has LoRA. Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
     """
     require_plain(model)
     full = find_modules(model, train_in_full)
@@ -146,7 +155,7 @@ def apply_lora(
     layers = [*find_layers(model, targets).values()]
     layers = [layer for layer in layers if layer not in inside]
     if not layers:
-        raise ValueError("all targets train in full: nothing is left for LoRA")
+        raise ValueError("nothing is left for LoRA: add targets not in train_in_full")
     options = {"scaling": scaling, "dropout": dropout, "init": init}
     new = {old: with_lora(old, rank, alpha, **options) for old in layers}
     freeze(model)
@@ -157,23 +166,23 @@ def apply_lora(
 
 
 def require_plain(model):
+    """Raise ValueError if `model` has LoRA, merged or not."""
     require_unmerged(model)
     if adapted_layers(model):
-        raise ValueError(
-            "this model has LoRA already: call remove_lora to take it out, "
-            "or merge_lora and go on from the merged weights"
-        )
+        raise ValueError("this model has LoRA already: call remove_lora first")
 
 
 def require_unmerged(model):
+    """Raise ValueError if LoRA is merged into `model`."""
     if is_merged(model):
-        raise ValueError("LoRA is merged into this model: unmerge_lora it first")
+        raise ValueError("LoRA is merged into this model: call unmerge_lora first")
 
 
 def remove_lora(model):
-    """Put the base layers back, in place, and return `model`: its LoRA is lost unless saved.
+    """Put the base layers back, in place, and return `model`; its LoRA is lost unless saved.
 
-    Modules trained in full keep their trained weights. A model without LoRA stays as it is.
+    Modules trained in full keep their trained weights. A model without LoRA is returned unchanged.
+    Raises ValueError if LoRA is merged.
     """
     require_unmerged(model)
     layers = adapted_layers(model).values()
@@ -182,7 +191,7 @@ def remove_lora(model):
 
 
 def print_parameters(model):
-    """Print how many parameters are trained, how many there are, and the percentage."""
+    """Print the numbers of trainable and of all parameters, and the percentage."""
     trainable, total = count_parameters(model)
     print(f"trainable: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
 
@@ -191,30 +200,32 @@ def print_parameters(model):
 
 
 def is_merged(model):
+    """Return whether `merge_lora` has merged LoRA into `model`."""
     return bool(getattr(model, "_merged_lora", None))
 
 
 def merged_weight(layer):
-    """Return base weight + update, summed in float32 or wider, in the base weight's dtype."""
+    """Return W + update, in the shape and dtype of the base weight W, summed in at least float32."""
     wide = torch.promote_types(layer.lora.A.dtype, torch.float32)
     weight = layer.linear.weight.detach()
     return (weight.to(wide) + layer.update(wide).detach()).to(weight.dtype)
 
 
 def merge_lora(model):
-    """Add every LoRA layer to its base weight, in place: the base model's modules and speed again.
+    """Add every LoRA layer to its base weight, in place, and return `model`.
 
-    The base weights are kept aside for `unmerge_lora`; a weight that another module shares (GPT-2's
-    tied head) is merged into a copy of its own. Returns `model`. Raises ValueError, with `model` as
-    it was, if there is nothing to merge, it is merged already, or a merged weight is not finite.
+    The model has the base model's modules and speed again. The original weights are kept for
+    `unmerge_lora`; a weight that another module shares (GPT-2's tied head) is merged into a copy.
+    Raises ValueError, with `model` unchanged, if there is no LoRA, it is merged already, or a merged
+    weight is not finite.
     """
     if is_merged(model):
-        raise ValueError("LoRA is merged already: again would add it twice")
+        raise ValueError("LoRA is merged already: call unmerge_lora first")
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("there is no LoRA to merge: apply or load one first")
     weights = {name: merged_weight(old) for name, old in layers.items()}
-    check_finite(weights, "the training has diverged; nothing was merged")
+    check_finite(weights, "the training has diverged: lower its learning rate")
     kept = [(layer, layer.linear.weight) for layer in layers.values()]
     for name, layer in layers.items():
         layer.linear.weight = nn.Parameter(weights[name], requires_grad=False)
@@ -224,18 +235,19 @@ def merge_lora(model):
 
 
 def check_finite(tensors, why):
+    """Raise ValueError, with the reason `why`, if a tensor of {name: tensor} is not finite."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has infinite or missing values: {why}")
 
 
 def unmerge_lora(model):
-    """Undo `merge_lora`, in place: the original base weights, bit for bit, and the LoRA layers.
+    """Undo `merge_lora`, in place, and return `model`: the original base weights, bit for bit, and LoRA.
 
-    Returns `model`. Raises ValueError if nothing is merged.
+    Raises ValueError if nothing is merged.
     """
     if not is_merged(model):
-        raise ValueError("no LoRA is merged into this model: nothing to undo")
+        raise ValueError("no LoRA is merged: nothing to undo; merge_lora merges it")
     kept = model._merged_lora
     del model._merged_lora
     for layer, weight in kept:

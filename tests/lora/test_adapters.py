@@ -1,4 +1,7 @@
+"""Adapters: saved ones come back exactly, unsuitable ones are refused, two add up."""
+
 import copy
+import hashlib
 import json
 import math
 
@@ -6,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 from torch import nn
 
 from appendix_e import count_parameters
@@ -35,22 +39,16 @@ from models import (
     trained,
 )
 
-
-@pytest.fixture(scope="module")
-def room(tmp_path_factory):
-    return tmp_path_factory.mktemp("adapters")
-
-
 # Saving and loading
 
 
 @settings(max_examples=15, deadline=None)
 @given(targets=ANY_TARGETS, rank=st.integers(1, 20), scaling=SCALING, full=FULL,
        dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
-def test_a_loaded_adapter_is_the_saved_one(room, targets, rank, scaling, full, dtype):
+def test_a_loaded_adapter_is_the_saved_one(folder, targets, rank, scaling, full, dtype):
     model = apply_lora(small_gpt().to(dtype), rank, 2.0, targets, scaling, 0.1, train_in_full=full)
     train_a_little(model)
-    fresh = load_adapter(small_gpt().to(dtype), save_adapter(model, room / "round"))
+    fresh = load_adapter(small_gpt().to(dtype), save_adapter(model, folder / "round"))
     assert same_state(fresh, state(model))
     assert count_parameters(fresh) == count_parameters(model)
     assert torch.equal(fresh.eval()(IDS), model.eval()(IDS))
@@ -83,7 +81,7 @@ def test_loading_draws_no_random_numbers(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_fingerprint_knows_a_base_by_its_values_not_its_precision():
+def test_the_fingerprint_depends_on_the_values_of_the_base_not_on_its_precision():
     model = small_gpt()
     known = fingerprint(model)
     assert fingerprint(copy.deepcopy(model).bfloat16()) == known
@@ -95,10 +93,9 @@ def test_the_fingerprint_knows_a_base_by_its_values_not_its_precision():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_adapter_trained_on_a_base_in_half_precision_comes_back_on_the_base_itself(dtype, tmp_path):
     model = trained(train_in_full="head")
-    with torch.no_grad():
-        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-        for parameter in frozen:
-            parameter.data = parameter.to(dtype)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     save_adapter(model, tmp_path)
     back = load_adapter(small_gpt(), tmp_path)
     assert torch.equal(back.out_head.weight, model.out_head.weight)
@@ -115,11 +112,7 @@ def damage_settings(folder, change):
 
 
 def rewrite_tensors(folder, change):
-    """Change the tensors and record the new checksum, as a foreign tool would."""
-    import hashlib
-
-    from safetensors.torch import load, save
-
+    """Change the tensors and record the new checksum, as another program would."""
     tensors = load((folder / WEIGHTS_FILE).read_bytes())
     change(tensors)
     (folder / WEIGHTS_FILE).write_bytes(save(tensors))
@@ -161,7 +154,7 @@ def no_rank(content):
     (lambda folder: rewrite_tensors(folder, spoil(math.nan)), "out_head.lora.B has infinite or missing"),
     (lambda folder: rewrite_tensors(folder, spoil(-math.inf)), "out_head.lora.B has infinite or missing"),
 ])
-def test_a_bad_folder_is_refused_and_the_model_left_as_it_was(damage, message, tmp_path):
+def test_a_bad_folder_is_refused_and_the_model_unchanged(damage, message, tmp_path):
     save_adapter(trained(), tmp_path)
     damage(tmp_path)
     model = small_gpt()
@@ -249,7 +242,7 @@ def test_combining_adds_the_weighted_updates_exactly(ranks, scaling, targets, we
         torch.testing.assert_close(merged_weight(layer), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_averaging_A_and_B_is_something_else():
+def test_averaging_A_and_B_gives_another_model():
     first, second = trained(1), trained(2)
     a, b = (take_adapter(model) for model in (first, second))
     half = set_adapter(small_gpt(), combine_adapters(a, b, (0.5, 0.5)))

@@ -1,3 +1,5 @@
+"""LoRA layers: targets choose them, merging and removing undo them, in our models and in others."""
+
 import copy
 import math
 from itertools import pairwise
@@ -7,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import lora_in_practice
 from appendix_e import LinearWithLoRA, LoRALayer, count_parameters, replace_linear_with_lora
@@ -16,15 +19,19 @@ from lora.layers import (
     adapted_layers,
     apply_lora,
     find_layers,
+    matches,
     merge_lora,
     print_parameters,
     remove_lora,
     unmerge_lora,
+    with_lora,
 )
 from models import IDS, TARGETS, foreign, same_state, small_gpt, state, train_a_little
 
 PUBLIC = ("apply_lora", "merge_lora", "unmerge_lora", "save_adapter", "load_adapter", "export_peft",
           "import_peft", "count_parameters")
+
+
 def test_the_public_names_are_importable_from_the_module_of_the_notebook():
     assert all(callable(getattr(lora_in_practice, name)) for name in PUBLIC)
 
@@ -46,6 +53,23 @@ def test_targets_choose_layers_by_role_or_name(targets, adapted):
     model = apply_lora(small_gpt(), 2, 4, targets)
     assert len(adapted_layers(model)) == adapted
     assert all(type(layer.lora) is LoRALayer for layer in adapted_layers(model).values())
+
+
+@pytest.mark.parametrize("name, roles", [
+    ("blocks.0.fc1", {"mlp"}),
+    ("blocks.0.myfc1", set()),
+    ("blocks.0.fc1.inner", set()),
+    ("blocks.10.pre_query", set()),
+    ("h.10.attn.c_attn", {"query", "key", "value"}),
+    ("h.10.attn.c_proj", {"projection"}),
+    ("h.10.mlp.c_proj", {"mlp"}),
+    ("h.10.c_proj", set()),
+    ("encoder.layer.10.attention.output.dense", {"projection"}),  # BERT's
+    ("encoder.layer.10.output.dense", {"mlp"}),
+    ("classifier", {"head"}),
+])
+def test_roles_match_whole_components_of_a_path(name, roles):
+    assert {role for role in ROLES if matches(name, role)} == roles
 
 
 def test_adapting_everything_is_what_the_listing_does():
@@ -115,7 +139,7 @@ def test_the_papers_initialisation_is_narrower_by_the_root_of_width_over_rank():
     ({"train_in_full": "tail"}, "tail"),
     ({"targets": "head", "train_in_full": "head"}, "nothing is left"),
 ])
-def test_a_bad_request_is_refused_and_the_model_left_as_it_was(call, message):
+def test_a_bad_request_is_refused_and_the_model_unchanged(call, message):
     model = small_gpt()
     before = state(model)
     with pytest.raises(ValueError, match=message):
@@ -142,7 +166,19 @@ def test_removing_restores_the_modules_and_weights():
     assert same_state(model, before) and str(model) == tree
 
 
-# Merging
+# Updates and merging
+
+
+@pytest.mark.parametrize("base", [nn.Linear(5, 7), Conv1D(7, 5)], ids=["Linear", "Conv1D"])
+def test_the_update_is_what_lora_adds_to_the_weight_in_its_orientation(base):
+    layer = train_a_little(with_lora(base, 2, 3.0))
+    assert layer.sizes() == (5, 7)
+    assert layer.update().shape == base.weight.shape
+    torch.testing.assert_close(layer.update(), layer.weight - layer.linear.weight)
+    x = torch.randn(4, 5)
+    update = layer.update(torch.float64)
+    added = x.double() @ (update if isinstance(base, Conv1D) else update.T)
+    torch.testing.assert_close(added.float(), layer(x) - base(x), atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -229,7 +265,7 @@ def test_a_tied_weight_is_merged_into_a_copy_and_tied_again():
     assert unmerge_lora(model)["head"].linear.weight is model["emb"].weight
 
 
-def test_a_layer_that_stands_in_two_places_stays_one_layer():
+def test_a_layer_used_twice_is_adapted_once_and_stays_shared():
     shared = nn.Linear(4, 4)
     model = apply_lora(nn.Sequential(shared, nn.ReLU(), shared), 2, 2)
     assert model[0] is model[2] and isinstance(model[0], LinearWithLoRA)
@@ -243,7 +279,7 @@ def test_a_copy_of_a_merged_model_unmerges_on_its_own():
     assert same_state(unmerge_lora(twin), before) and not adapted_layers(model)
 
 
-# Models that are not ours
+# Models of other libraries
 
 
 @pytest.mark.parametrize("kind, counts", [  # query, key, value, projection, mlp, head: layers adapted
@@ -274,7 +310,7 @@ def test_foreign_models_are_adapted_merged_and_restored(kind, targets):
     assert same_state(unmerge_lora(model), before)
 
 
-def test_conv1d_is_known_by_its_shape_and_trains():
+def test_conv1d_is_recognised_by_its_shape_and_trains():
     model = apply_lora(foreign("gpt2"), 3, 2, "query")
     layer = model.transformer.h[0].attn.c_attn
     assert type(layer) is Conv1DWithLoRA and layer.lora.A.shape == (16, 3) and layer.lora.B.shape == (3, 48)

@@ -1,3 +1,6 @@
+"""PEFT's adapter format: the installed PEFT reads ours, we read its plain LoRA, the rest is refused."""
+
+import dataclasses
 import json
 
 import peft
@@ -5,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 from lora.adapters import set_adapter, take_adapter
@@ -23,19 +27,30 @@ from models import (
     trained,
 )
 
+LORA_VARIANTS = [
+    setting.name for setting in dataclasses.fields(peft.LoraConfig)
+    if setting.metadata.get("is_lora_variant")
+]
 
-@pytest.fixture(scope="module")
-def room(tmp_path_factory):
-    return tmp_path_factory.mktemp("peft")
+
+def train_with_peft(**settings):
+    config = peft.LoraConfig(**{"target_modules": ["W_query", "out_proj"], **settings})
+    return train_a_little(peft.get_peft_model(small_gpt(), config)).eval()
+
+
+def assert_import_agrees(theirs, folder, **options):
+    theirs.save_pretrained(folder, **options)
+    ours = import_peft(small_gpt(), folder).eval()
+    torch.testing.assert_close(ours(IDS), theirs(IDS), atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=10, deadline=None)
 @given(targets=ANY_TARGETS, rank=st.integers(1, 12), alpha=st.sampled_from([1.0, 2.5, 16.0]),
        scaling=SCALING, full=FULL)
-def test_peft_reads_our_export_with_the_same_logits(room, targets, rank, alpha, scaling, full):
+def test_peft_reads_our_export_with_the_same_logits(folder, targets, rank, alpha, scaling, full):
     model = trained(rank=rank, alpha=alpha, targets=targets, scaling=scaling, train_in_full=full)
-    export_peft(model, room / "export")
-    theirs = peft.PeftModel.from_pretrained(small_gpt(), room / "export").eval()
+    export_peft(model, folder / "export")
+    theirs = peft.PeftModel.from_pretrained(small_gpt(), folder / "export").eval()
     torch.testing.assert_close(theirs(IDS), model(IDS), atol=1e-5, rtol=1e-5)
 
 
@@ -44,17 +59,43 @@ def test_peft_reads_our_export_with_the_same_logits(room, targets, rank, alpha, 
 @given(rank=st.integers(1, 12), alpha=st.sampled_from([1, 4, 8]), rslora=st.booleans(),
        modules=st.sampled_from([["W_query", "W_value"], ["ff.layers.0", "out_proj"], "all-linear"]),
        head=st.booleans(), pattern=st.booleans())
-def test_we_read_what_peft_trained_with_the_same_logits(room, rank, alpha, rslora, modules, head, pattern):
+def test_we_read_what_peft_trained_with_the_same_logits(folder, rank, alpha, rslora, modules, head, pattern):
     patterns = {"rank_pattern": {"out_proj": 2}, "alpha_pattern": {"trf_blocks.1.att.W_query": 5}}
-    config = peft.LoraConfig(
+    theirs = train_with_peft(
         r=rank, lora_alpha=alpha, use_rslora=rslora, target_modules=modules,
         modules_to_save=["out_head"] if head and modules != "all-linear" else None,
         **patterns if pattern else {},
     )
-    theirs = train_a_little(peft.get_peft_model(small_gpt(), config)).eval()
-    theirs.save_pretrained(room / "import")
-    ours = import_peft(small_gpt(), room / "import").eval()
-    torch.testing.assert_close(ours(IDS), theirs(IDS), atol=1e-5, rtol=1e-5)
+    assert_import_agrees(theirs, folder / "import")
+
+
+@pytest.mark.parametrize("settings", [
+    {},
+    {"rank_pattern": {"out_proj": 2}},
+    {"alpha_pattern": {"out_proj": 5}},
+    {"use_rslora": True},
+    {"modules_to_save": ["out_head"]},
+    {"exclude_modules": ["trf_blocks.0.att.W_query"]},
+    {"layers_to_transform": [0], "layers_pattern": "trf_blocks"},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "orthogonal"},
+    {"init_lora_weights": "mica"},
+])
+def test_settings_that_leave_the_meaning_of_the_tensors_are_read(settings, tmp_path):
+    assert_import_agrees(train_with_peft(**settings), tmp_path)
+
+
+def test_an_initialisation_that_changes_the_base_is_read_once_peft_has_converted_it(tmp_path):
+    theirs = train_with_peft(init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        assert_import_agrees(theirs, tmp_path / "unconverted")
+    config = peft.LoraConfig(target_modules=["W_query", "out_proj"], init_lora_weights="pissa")
+    start = peft.get_peft_model(small_gpt(), config)
+    start.peft_config["default"].init_lora_weights = True  # as PEFT asks for before training
+    start.save_pretrained(tmp_path / "start")
+    assert_import_agrees(
+        theirs, tmp_path / "converted", path_initial_model_for_weight_conversion=tmp_path / "start"
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
@@ -69,8 +110,6 @@ def test_foreign_models_go_to_peft_and_back(kind, tmp_path):
 
 
 def test_the_export_is_what_peft_itself_writes(tmp_path):
-    from safetensors.torch import load_file
-
     model = trained(rank=3, alpha=2, targets=("query", "value"), train_in_full="head")
     export_peft(model, tmp_path / "ours")
     peft.PeftModel.from_pretrained(small_gpt(), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
@@ -85,7 +124,7 @@ def test_the_export_is_what_peft_itself_writes(tmp_path):
     assert ours["target_modules"] == ["W_query", "W_value"] and ours["modules_to_save"] == ["out_head"]
 
 
-def test_names_that_ends_cannot_tell_apart_are_exported_as_an_expression(tmp_path):
+def test_layers_that_no_suffix_separates_are_exported_as_a_regular_expression(tmp_path):
     class Nested(nn.Module):
         def __init__(self):
             super().__init__()
@@ -100,9 +139,9 @@ def test_names_that_ends_cannot_tell_apart_are_exported_as_an_expression(tmp_pat
     torch.manual_seed(1)
     train_a_little(apply_lora(model, 2, 2))
     adapter = take_adapter(model)
-    for key in [key for key in adapter.layers if key == "b.a"]:
-        del adapter.layers[key]
-        del adapter.tensors[f"{key}.lora.A"], adapter.tensors[f"{key}.lora.B"]
+    for part in "AB":
+        del adapter.tensors[f"b.a.lora.{part}"]
+    del adapter.layers["b.a"]
     export_peft(set_adapter(model, adapter), tmp_path)
     theirs = peft.PeftModel.from_pretrained(Nested(), tmp_path)
     x = torch.randn(2, 4)
@@ -111,7 +150,8 @@ def test_names_that_ends_cannot_tell_apart_are_exported_as_an_expression(tmp_pat
 
 @pytest.mark.parametrize("change, message", [
     ({"peft_type": "IA3"}, "IA3"),
-    ({"use_dora": True}, "use_dora"),
+    *(({name: True}, name) for name in LORA_VARIANTS),
+    ({"use_next_years_idea": True}, "use_next_years_idea"),
     ({"bias": "all"}, "bias"),
     ({"r": 7}, r"is \(24, 3\)"),
 ])

@@ -24,7 +24,7 @@ DRAWING = "draws or measures something in the notebook alone"
 TRY_OUT = "tries a definition out, in the notebook alone"
 NOTEBOOK_ONLY = {
     "count": TRY_OUT, "matrix_box": DRAWING, "path_arrow": DRAWING, "relative_change": DRAWING,
-    "accuracy_by_loader": DRAWING, "update": TRY_OUT, "seconds": TRY_OUT, "versus": TRY_OUT,
+    "accuracy_by_loader": DRAWING, "seconds": TRY_OUT, "versus": TRY_OUT,
 }
 
 BOOK_NAMES = {
@@ -39,7 +39,7 @@ BOOK_NAMES = {
         plot_values classify_review""",
     "appendix-E/appendix-E": "LoRALayer LinearWithLoRA replace_linear_with_lora",
     "appendix-E/topics/inside-lora": """apply_lora merge_lora unmerge_lora take_adapter set_adapter
-        save_adapter load_adapter export_peft import_peft""",
+        export_peft""",
 }
 SHARED_NAMES = {  # a chapter's own version under a name that an earlier chapter has, and why
     "calc_loss_batch": "chapter 6's loss reads the last token only",

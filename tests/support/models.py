@@ -1,4 +1,4 @@
-"""Small models for the tests of LoRA, ours and other people's, and what to do with them."""
+"""Small models, this repository's and Hugging Face's, to train, compare and adapt in tests of LoRA."""
 
 import torch
 from hypothesis import strategies as st
@@ -13,6 +13,7 @@ SMALL = {"vocab_size": 60, "context_length": 16, "emb_dim": 24, "n_heads": 4, "n
 
 
 def small_gpt(seed=0, classes=2):
+    """Return chapter 4's model, tiny, with a classification head, in evaluation mode."""
     torch.manual_seed(seed)
     model = GPTModel(SMALL)
     model.out_head = nn.Linear(SMALL["emb_dim"], classes)
@@ -20,7 +21,7 @@ def small_gpt(seed=0, classes=2):
 
 
 def train_a_little(model, seed=1):
-    """Give every B (and whatever else is trained) values as training would."""
+    """Add noise to every trainable parameter, so that B is not zero, as after training; return `model`."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -30,10 +31,12 @@ def train_a_little(model, seed=1):
 
 
 def state(model):
+    """Return a copy of the model's state_dict."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def same_state(model, before):
+    """Return whether `before`, from `state`, has the model's names and exactly its values."""
     now = model.state_dict()
     return now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
 
@@ -42,6 +45,7 @@ IDS = torch.randint(0, 60, (3, 9), generator=torch.Generator().manual_seed(3))
 
 
 def foreign(kind, seed=0):
+    """Return a tiny classifier of transformers: gpt2 (with Conv1D layers), llama or bert."""
     import transformers as hf
 
     torch.manual_seed(seed)
@@ -56,12 +60,13 @@ def foreign(kind, seed=0):
     return hf.BertForSequenceClassification(hf.BertConfig(**sizes)).eval()
 
 
+def trained(seed=1, rank=3, alpha=2.0, targets="all", **options):
+    """Return a `small_gpt` with LoRA, trained a little; `options` are apply_lora's."""
+    return train_a_little(apply_lora(small_gpt(), rank, alpha, targets, **options), seed)
+
+
 # Strategies
 
 SCALING = st.sampled_from(["alpha", "alpha/rank", "alpha/sqrt(rank)"])
 FULL = st.sampled_from([(), "head", ("head", "final_norm")])
 ANY_TARGETS = st.sampled_from([t for t in TARGETS if t != ("projection", "head")])
-
-
-def trained(seed=1, rank=3, alpha=2.0, targets="all", **options):
-    return train_a_little(apply_lora(small_gpt(), rank, alpha, targets, **options), seed)

@@ -1,0 +1,7 @@
+import pytest
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder for property tests, whose examples all write to it."""
+    return tmp_path_factory.mktemp("adapters")
