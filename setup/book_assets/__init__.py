@@ -15,7 +15,7 @@ from pathlib import Path
 
 from book_assets.table import EMBEDDED_MODEL
 
-# The switch
+# The choice of assets
 
 MODELS = {"book": "OpenAI's GPT-2", "embedded": "gpt2-tiny, this repository's own small GPT-2"}
 DATA = {

@@ -53,7 +53,8 @@ def fetch_spam_data(
     `member_sha256`, unless that is None. A relative `zip_path` is put under LLM_CACHE_DIR if that variable
     is set. Raises DownloadError, also if there is a different file at one of the two paths.
     """
-    zip_path, target = in_cache(zip_path), Path(data_file_path)
+    zip_path = in_cache(zip_path)
+    target = Path(data_file_path)
     size = asset.member.size if member_sha256 == asset.member.sha256 else None
     member = replace(asset.member, size=size, sha256=member_sha256)
     sources = asset.sources if url is None else (url,)
@@ -90,25 +91,25 @@ def target_is_good(target, sha256):
 # Files on disk
 
 
-def record_of(path):
+def record_path(path):
     """Return the path that records the SHA-256 of an unpinned asset's first download (sha256sum's format)."""
     return Path(f"{path}.sha256")
 
 
 def expected_hash(asset, path):
     """Return the SHA-256 that the file at `path` must have, or None if it is not known yet."""
-    record = record_of(path)
+    record = record_path(path)
     if asset.sha256 or not record.exists():
         return asset.sha256
     return next(iter(record.read_text(encoding="utf-8").split()), None)
 
 
 def write_record(path, sha256):
-    with replacing(record_of(path)) as partial:
+    with replacing(record_path(path)) as partial:
         partial.write_text(f"{sha256}  {path.name}\n", encoding="utf-8", newline="\n")
 
 
-def fault(asset, file, expected):
+def find_fault(asset, file, expected):
     """Return what is wrong with a complete file, or None."""
     size = file.stat().st_size
     if size == 0:
@@ -117,7 +118,7 @@ def fault(asset, file, expected):
         if re.match(rb"\s*<(!doctype html|html)", start.read(200), re.IGNORECASE):
             return LOGIN_PAGE
     if asset.member:
-        return archive_fault(asset.member, file)
+        return find_archive_fault(asset.member, file)
     if asset.size not in (None, size):
         return f"{size:,} bytes instead of {asset.size:,}"
     found = file_hash(file)
@@ -126,7 +127,7 @@ def fault(asset, file, expected):
     return None
 
 
-def archive_fault(member, file):
+def find_archive_fault(member, file):
     try:
         found = member_hash(file, member)
     except ArchiveError as error:
@@ -144,7 +145,7 @@ def is_good(asset, path):
     if not path.exists():
         return False
     expected = expected_hash(asset, path)
-    if reason := fault(asset, path, expected):
+    if reason := find_fault(asset, path, expected):
         raise file_conflict(path, reason)
     if expected is None and asset.member is None:
         with suppress(OSError):  # a read-only folder
@@ -155,7 +156,7 @@ def is_good(asset, path):
 def file_conflict(path, reason):
     return DownloadError(
         f"{path.absolute()} exists, but {reason}. It was not changed: move it away or delete it"
-        f"{' (and ' + record_of(path).name + ')' if record_of(path).exists() else ''}, then try again."
+        f"{' (and ' + record_path(path).name + ')' if record_path(path).exists() else ''}, then try again."
     )
 
 
@@ -187,14 +188,10 @@ def file_lock(path):
 
 def download(asset, path, retry):
     """Download the file from the first source that provides it; raise DownloadError if none does."""
-    expected, any_member = expected_hash(asset, path), asset.member is not None
-    transfer = Transfer(
-        path,
-        size=None if any_member else asset.size,
-        limit=LARGEST if any_member else asset.size,
-        checkable=expected is not None and not any_member,
-        retry=retry,
-    )
+    expected = expected_hash(asset, path)
+    size, limit = (None, LARGEST) if asset.member else (asset.size, asset.size)
+    checkable = expected is not None and not asset.member
+    transfer = Transfer(path, size, limit, checkable, retry)
     failures = []
     for url in asset.sources:
         try:
@@ -204,7 +201,7 @@ def download(asset, path, retry):
             failures.append(f"  {url}\n    {reason}")
     else:
         raise DownloadError(report(asset, path, failures, transfer.bytes_received()))
-    if expected is None and not any_member:
+    if expected is None and not asset.member:
         write_record(path, file_hash(transfer.partial))
     transfer.rename()
 
@@ -213,20 +210,20 @@ def complete(asset, transfer, url, expected):
     """Receive and verify the partial file from one source, or raise Rejected."""
     inherited = transfer.bytes_received() > 0
     transfer.receive(url)
-    reason = fault(asset, transfer.partial, expected)
+    reason = find_fault(asset, transfer.partial, expected)
     if reason and inherited:  # the bad bytes may be from an earlier run or another source
         transfer.discard()
         transfer.receive(url)
-        reason = fault(asset, transfer.partial, expected)
+        reason = find_fault(asset, transfer.partial, expected)
     if reason:
         transfer.discard()
         raise Rejected(reason)
 
 
-def report(asset, path, failures, arrived):
+def report(asset, path, failures, received):
     """Return the error message: what happened at each source, and what the reader can do."""
     size = f"{asset.size:,} bytes" if asset.size else "size unknown"
-    kept = f"\nThe {arrived:,} bytes received are kept, and the next run resumes there." if arrived else ""
+    kept = f"\nThe {received:,} bytes received are kept, and the next run resumes there." if received else ""
     return (
         f"{asset.name} could not be downloaded:\n" + "\n".join(failures) + "\n"
         "What you can do:\n"

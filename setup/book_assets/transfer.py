@@ -44,13 +44,13 @@ class TransientError(Exception):
 class RetryPolicy:
     """How often and how long to try one source: times in seconds, speed in bytes per second."""
 
-    waits: tuple = (1, 2, 4)  # pauses after tries without progress; progress starts again with the first
+    waits: tuple = (1, 2, 4)  # pauses after tries without progress; after progress, the first again
     tries: int = 50  # in all
     connect: float = 10  # timeouts: until the connection is made, and between two reads
     read: float = 30
     slowest: float = 1000  # a source slower than this for `window` seconds is abandoned
     window: float = 30
-    longest_wait: float = 120  # so is one whose Retry-After is longer
+    longest_wait: float = 120  # a source with a longer Retry-After is abandoned
     sleep: Callable = time.sleep
 
 
@@ -69,21 +69,23 @@ class Transfer:
 
     def __post_init__(self):
         self.partial = Path(f"{self.path}.partial")
-        self.origin = Path(f"{self.path}.origin.partial")  # their URL and ETag, where no hash is known
+        self.origin = Path(f"{self.path}.origin.partial")  # the source of a file without a known hash
 
     def receive(self, url):
         """Receive until the partial file is complete, with a pause after each failure."""
-        failures, furthest = 0, self.bytes_received()
+        failures = 0
+        furthest = self.bytes_received()
         for _ in range(self.retry.tries):
             try:
                 return self.receive_once(url)
             except TransientError as error:
-                reason, wait = error, error.wait
+                reason = error
             if self.bytes_received() > furthest:
-                failures, furthest = 0, self.bytes_received()
+                failures = 0
+                furthest = self.bytes_received()
             if failures == len(self.retry.waits):
                 raise Rejected(f"{reason} ({failures + 1} tries)")
-            wait = self.retry.waits[failures] if wait is None else wait
+            wait = self.retry.waits[failures] if reason.wait is None else reason.wait
             log.warning("%s: %s; trying again in %.0f s", url, reason, wait)
             self.retry.sleep(wait)
             failures += 1
@@ -107,7 +109,8 @@ class Transfer:
         With a known hash any source may continue what another began. Without one, only the same source
         may, and only if its ETag is still the same.
         """
-        offset, headers = self.bytes_received(), {"Accept-Encoding": "identity"}
+        offset = self.bytes_received()
+        headers = {"Accept-Encoding": "identity"}
         if not self.checkable:
             origin = self.read_origin()
             offset = offset if origin.get("url") == url else 0
@@ -123,13 +126,14 @@ class Transfer:
         The size is None for a chunked response of unknown length. Nothing has been written yet. Raises
         TransientError if another try may help, Rejected if not.
         """
-        status, headers = response.status_code, response.headers
+        status = response.status_code
+        headers = response.headers
         if status in (408, 425, 429) or status >= 500:
             raise TransientError(f"HTTP {status} {response.reason}", retry_after(headers, self.retry))
         start, total = content_range(headers) if status == 206 else (0, headers.get("Content-Length"))
         if status == 416 or (status == 206 and offset and start != offset):
             self.discard()
-            raise TransientError("the server sent another range than the one requested", wait=0)
+            raise TransientError("the server cannot resume where the download stopped", wait=0)
         if status not in (200, 206) or start not in (0, offset):
             raise Rejected(f"HTTP {status} {response.reason}")
         if url.startswith("https:") and not response.url.startswith("https:"):
@@ -220,7 +224,8 @@ def connect(url, headers, retry):
 
 def read_chunks(response, retry):
     """Yield the body in chunks; raise TransientError if the connection breaks, Rejected if it is too slow."""
-    since, received = time.monotonic(), 0
+    since = time.monotonic()
+    received = 0
     try:
         while chunk := response.raw.read1(CHUNK, decode_content=False):
             yield chunk
@@ -229,7 +234,8 @@ def read_chunks(response, retry):
             if elapsed > retry.window:
                 if received < retry.slowest * elapsed:
                     raise Rejected(f"too slow: {received:,} bytes in {elapsed:.0f} s")
-                since, received = time.monotonic(), 0
+                since = time.monotonic()
+                received = 0
     except urllib3.exceptions.ProtocolError as error:
         raise TransientError(f"the connection broke off: {error_text(error)}") from error
     except urllib3.exceptions.HTTPError as error:

@@ -4,9 +4,11 @@ import ast
 import subprocess
 import sys
 
+import nbformat
 import pytest
 
 import check_environment
+import execute_notebooks
 import make_environment
 from book_assets.table import REPOSITORY
 
@@ -90,6 +92,17 @@ def test_the_environment_check_reports_a_module_that_cannot_be_imported(monkeypa
     monkeypatch.setattr(check_environment, "OUR_MODULES", ("ch04", "no_such_module"))
     right, line = check_environment.check_our_modules()
     assert not right and "no_such_module" in line and "pip install -e ." in line
+
+
+def test_an_executed_notebook_keeps_its_tags_and_no_other_metadata(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(1 + 1)")])
+    notebook.cells[0].metadata = {"tags": ["nbval-check-output"], "collapsed": True}
+    nbformat.write(notebook, tmp_path / "sum.ipynb")
+    execute_notebooks.execute(tmp_path / "sum.ipynb")
+    (cell,) = nbformat.read(tmp_path / "sum.ipynb", as_version=4).cells
+    assert cell.metadata == {"tags": ["nbval-check-output"]}
+    assert (cell.execution_count, cell.outputs[0].text) == (1, "2\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["sum.ipynb"]
 
 
 def test_every_python_file_parses_on_the_oldest_supported_python():
