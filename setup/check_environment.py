@@ -1,29 +1,32 @@
-"""Say what this Python has of what the chapters need, and how to get what is missing.
+"""Check that the chapters' requirements are installed, and say how to install what is missing.
 
-    python setup/check_environment.py          # exit code 1 if anything is missing or too old
+    python setup/check_environment.py          # exit code 1 if something is missing or too old
 """
 
 import platform
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 try:
     from packaging.requirements import Requirement
-except ModuleNotFoundError:  # a bare Python has it inside pip
+except ModuleNotFoundError:  # a new environment has it only inside pip
     from pip._vendor.packaging.requirements import Requirement
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CHAPTER_MODULES = ("ch04", "ch05", "gpt_download", "ch06", "appendix_e")
+OUR_MODULES = (
+    "ch04", "ch05", "gpt_download", "ch06", "appendix_e", "lora", "fast_path", "spam_classifier",
+    "lora_in_practice",
+)
 
 
-def requirements(path=REPOSITORY / "requirements.txt"):
-    """Yield the requirements of a file, and of the files it includes, that apply to this platform."""
+def read_requirements(path=REPOSITORY / "requirements.txt"):
+    """Yield the requirements in a file, and in the files that it includes, that apply to this platform."""
     for line in path.read_text(encoding="utf-8").splitlines():
         line = line.split("#")[0].strip()
         if line.startswith("-r "):
-            yield from requirements(path.parent / line[3:].strip())
+            yield from read_requirements(path.parent / line[3:].strip())
         elif line and not line.startswith("-"):
             requirement = Requirement(line)
             if requirement.marker is None or requirement.marker.evaluate():
@@ -31,7 +34,7 @@ def requirements(path=REPOSITORY / "requirements.txt"):
 
 
 def check_package(requirement):
-    """Return (is it right, a line that says so)."""
+    """Return whether the requirement is met, and a line that says so."""
     try:
         found = version(requirement.name)
     except PackageNotFoundError:
@@ -42,40 +45,37 @@ def check_package(requirement):
 
 
 def check_python():
+    """Return whether this version of Python is supported, and a line that says so."""
     right = (3, 10) <= sys.version_info[:2] <= (3, 13)
     need = "" if right else ", need 3.10 to 3.13"
     return right, f"Python: {platform.python_version()}{need}"
 
 
-def check_chapters():
-    """Return whether the chapters' modules are on the import path, and a line that says so."""
-    missing = [name for name in CHAPTER_MODULES if (spec := find_spec(name)) is None or not spec.origin]
-    if missing:
-        return False, f"chapters: cannot import {', '.join(missing)}; run \"pip install -e .\" here"
-    return True, f"chapters: {', '.join(CHAPTER_MODULES)} can be imported"
+def check_our_modules():
+    """Return whether the repository's modules can be imported, and a line that says so."""
+    try:
+        modules = [import_module(name) for name in OUR_MODULES]
+    except ImportError as error:
+        return False, f"this repository: {error}; run \"pip install -e .\" in its root"
+    return True, f"this repository: all modules can be imported; device: {modules[0].pick_device()}"
 
 
-def all_checks():
-    """Return the checks as a list of (is it right, line), Python and platform first."""
-    checks = [check_python(), *map(check_package, requirements()), check_chapters()]
-    if checks[-1][0] and find_spec("torch"):
-        from ch04 import pick_device
-
-        checks.append((True, f"device: {pick_device()}"))
-    return checks
+def run_checks():
+    """Return the checks as a list of (passed, line)."""
+    return [check_python(), *map(check_package, read_requirements()), check_our_modules()]
 
 
 def main():
     print(platform.system(), platform.machine())
-    checks = all_checks()
+    checks = run_checks()
     for right, line in checks:
         print("ok     " if right else "MISSING", line)
     if all(right for right, _ in checks):
-        print("Everything is there.")
+        print("Everything is installed.")
         return 0
-    print("\nTo get what is missing, in the repository's root:")
+    print("\nTo install what is missing, run this in the repository's root:")
     print(f'    "{sys.executable}" -m pip install -r requirements.txt')
-    print("or let python setup/run_tests.py make an environment of its own, .venv, with everything in it.")
+    print("or run python setup/run_tests.py, which creates an environment, .venv, with everything in it.")
     return 1
 
 

@@ -1,8 +1,8 @@
-"""Run notebooks from top to bottom and store their outputs, for whoever changes one.
+"""Run notebooks from top to bottom and store their outputs, after a change to one.
 
     python setup/execute_notebooks.py --assets model=embedded,data=book ch06/ch06.ipynb
 
-A notebook runs in its own folder, as in Jupyter. It is written only if every cell ran.
+A notebook runs in its own folder, as in Jupyter. It is written only if every cell ran without an error.
 """
 
 import argparse
@@ -13,9 +13,11 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from book_assets import replacing
+
 
 def execute(path):
-    """Run the notebook at `path` in place and keep only the metadata that every machine has."""
+    """Run the notebook at `path` and write it back, with no metadata but the kernel and the cells' tags."""
     notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(path.parent)}}
     NotebookClient(
@@ -26,10 +28,9 @@ def execute(path):
         "language_info": {"name": "python"},
     }
     for cell in notebook.cells:
-        cell.metadata = {}  # times of execution
-    partial = path.with_suffix(".partial")
-    nbformat.write(notebook, partial)
-    os.replace(partial, path)
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+    with replacing(path) as partial:
+        nbformat.write(notebook, partial)
 
 
 def main():

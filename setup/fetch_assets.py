@@ -1,7 +1,7 @@
-"""List or fetch ahead of time what the book's code downloads.
+"""List what the book's code downloads, or download it in advance.
 
-    python setup/fetch_assets.py list                       # what is there, what is missing, how large
-    python setup/fetch_assets.py fetch gpt2/124M sms-spam   # ahead of a flight; --all for everything
+    python setup/fetch_assets.py list                       # every file: present or missing, and its size
+    python setup/fetch_assets.py fetch gpt2/124M sms-spam   # before you go offline; --all for everything
     python setup/fetch_assets.py tiktoken                   # tiktoken.get_encoding("gpt2") without a network
 """
 
@@ -20,10 +20,10 @@ from book_assets.table import ASSETS, EMBEDDED_MODEL, VOCABULARY
 
 
 def fill_tiktoken_cache():
-    """Copy the embedded vocabulary to where tiktoken looks before it downloads; return that folder.
+    """Copy the embedded vocabulary into tiktoken's cache, so that it does not download it; return the folder.
 
-    tiktoken's own rules: TIKTOKEN_CACHE_DIR, else DATA_GYM_CACHE_DIR, else the system's temporary folder;
-    a file's name there is the SHA-1 of its URL.
+    By tiktoken's rules that is TIKTOKEN_CACHE_DIR, else DATA_GYM_CACHE_DIR, else a folder in the system's
+    temporary one, and a file's name is the SHA-1 of its URL. Raises ValueError if the cache is turned off.
     """
     chosen = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     if chosen == "":
@@ -37,8 +37,8 @@ def fill_tiktoken_cache():
     return folder
 
 
-def readable(size):
-    """Return a number of bytes as text: 497.8 MB; a question mark for None."""
+def format_size(size):
+    """Return a number of bytes as text such as 497.8 MB, or a question mark for None."""
     if size is None:
         return "?"
     if size < 1000:
@@ -47,44 +47,44 @@ def readable(size):
     return f"{size / {'kB': 1e3, 'MB': 1e6, 'GB': 1e9}[unit]:.1f} {unit}"
 
 
-def named(names):
-    """Return the assets with these names or under these folders, such as gpt2/124M."""
+def find_assets(names):
+    """Return the assets with these names or in these groups, such as gpt2/124M. Raises ValueError."""
     found = []
     for name in names:
         matches = [a for a in ASSETS.values() if a.name == name or a.name.startswith(f"{name}/")]
         if not matches:
             groups = sorted({re.sub(r"/[^/]*$", "", asset) for asset in ASSETS})
-            raise ValueError(f"no asset {name!r}: name one that `list` shows, or {', '.join(groups)}")
+            raise ValueError(f"no asset {name!r}: use a name from `list`, or {', '.join(groups)}")
         found += matches
     return found
 
 
 def list_assets(base):
-    """Print a line for each asset: is it in the folder `base`, how large, pinned by a hash or not."""
+    """Print one line per asset: whether it is in the folder `base`, its size, whether its hash is pinned."""
     for asset in ASSETS.values():
         path = base / asset.folder / asset.filename
         state = "there" if path.exists() else "missing"
         size = path.stat().st_size if path.exists() else asset.size
         pin = "pinned" if asset.sha256 else "unpinned"
-        print(f"{state:8} {readable(size):>9}  {pin:9} {asset.name:42} {asset.licence}")
+        print(f"{state:8} {format_size(size):>9}  {pin:9} {asset.name:42} {asset.licence}")
 
 
 def fetch_assets(assets, base):
-    """Fetch all; return the reports of those that failed."""
+    """Fetch all assets; return the error messages of those that failed."""
     failures = []
     for asset in assets:
         try:
             path = fetch(asset, base / asset.folder)
-            print(f"{asset.name}: {path} ({readable(path.stat().st_size)})")
+            print(f"{asset.name}: {path} ({format_size(path.stat().st_size)})")
         except DownloadError as error:
             failures.append(str(error))
     return failures
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description="List or fetch what the book's code downloads.")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=("list", "fetch", "tiktoken"))
-    parser.add_argument("names", nargs="*", help="assets, or folders of them, such as gpt2/124M")
+    parser.add_argument("names", nargs="*", help="assets, or groups of them, such as gpt2/124M")
     parser.add_argument("--all", action="store_true", help="fetch everything in the table (about 23 GB)")
     parser.add_argument("--folder", default=in_cache("."), help="default: LLM_CACHE_DIR, else this folder")
     args = parser.parse_args(arguments)
@@ -96,13 +96,13 @@ def main(arguments=None):
     if args.command == "list":
         return list_assets(base)
     try:
-        assets = list(ASSETS.values()) if args.all else named(args.names)
+        assets = list(ASSETS.values()) if args.all else find_assets(args.names)
     except ValueError as error:
         parser.error(str(error))
     if not assets:
-        parser.error("name what to fetch, or give --all")
+        parser.error("give the names of assets, or --all")
     if not os.environ.get("LLM_CACHE_DIR"):
-        print(f"Notebooks look in their own folder, or here if you set LLM_CACHE_DIR={base}")
+        print(f"Notebooks look in their own folder; for this one, set LLM_CACHE_DIR={base}")
     if failures := fetch_assets(assets, base):
         sys.exit("\n\n".join(failures))
 

@@ -1,6 +1,7 @@
-"""Make the repository's own environment, `.venv`, and run a script in it. Only the standard library.
+"""Create the repository's virtual environment, `.venv`, and run a script in it.
 
-Used by `run_main.py` and `run_tests.py`. Safe to repeat: what is installed is not installed again.
+`run_main.py`, `run_tests.py` and `run_notebooks.py` use it. It needs only the standard library. Running it
+again is quick: nothing is installed twice.
 """
 
 import hashlib
@@ -25,20 +26,20 @@ def venv_python():
 
 
 def check_platform():
-    """Raise SystemExit, saying what to do, where the requirements cannot be installed."""
+    """Raise SystemExit with a remedy if the requirements cannot be installed on this platform."""
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
         raise SystemExit(
-            f"Python {platform.python_version()} will not do: PyTorch and TensorFlow need 3.10 to 3.13. "
-            "Install one of these (python.org) and run this script with it."
+            f"Python {platform.python_version()} is not supported: PyTorch and TensorFlow need 3.10 to 3.13. "
+            "Install one of these versions (python.org) and run this script with it."
         )
     if sys.platform == "darwin" and platform.machine() == "x86_64":
         raise SystemExit(
-            "This is an Intel Mac (or an Intel Python on Apple silicon: then install the arm64 one). "
-            "PyTorch ended with 2.2.2 there; use the Colab route in setup/README.md."
+            "PyTorch has no current version for Intel Macs: use Colab, as setup/README.md describes. "
+            "If this Mac has Apple silicon, this Python is an Intel build: install the arm64 build."
         )
 
 
-def reachable(host):
+def can_reach(host):
     try:
         socket.create_connection((host, 443), timeout=3).close()
     except OSError:
@@ -56,8 +57,8 @@ def pip(*arguments):
     print("  pip install", *arguments, flush=True)
     if subprocess.run([*command, *arguments], cwd=REPOSITORY).returncode:
         raise SystemExit(
-            "pip could not install the above: its own message stands before this line. Without a network "
-            "or behind a proxy see setup/README.md, then give the same command again."
+            "pip could not install these packages; its message is above. Check the network connection "
+            "(behind a proxy, set HTTPS_PROXY), then run the same command again."
         )
 
 
@@ -71,12 +72,12 @@ def create_venv():
         shutil.rmtree(VENV, ignore_errors=True)
         raise SystemExit(
             f"Python could not create an environment ({error}). On Debian and Ubuntu: "
-            "sudo apt install python3-venv, then give the same command again."
+            "sudo apt install python3-venv, then run the same command again."
         ) from None
 
 
 def install(requirements):
-    """Install `requirements` and this folder into `.venv`, unless that has been done."""
+    """Install `requirements` and the repository into `.venv`, unless that has already been done."""
     stamp = VENV / f"installed-{requirements.stem}.txt"
     wanted = hashlib.sha256(
         MAIN.read_bytes() + requirements.read_bytes() + (REPOSITORY / "pyproject.toml").read_bytes()
@@ -84,14 +85,14 @@ def install(requirements):
     if stamp.exists() and stamp.read_text() == wanted:
         return
     print(f"Installing {requirements.relative_to(REPOSITORY).as_posix()} (once, a few minutes)", flush=True)
-    if sys.platform == "linux" and not shutil.which("nvidia-smi") and reachable("download.pytorch.org"):
-        pip("--index-url", TORCH_CPU_INDEX, torch_requirement())  # no GPU: not the CUDA build of several GB
+    if sys.platform == "linux" and not shutil.which("nvidia-smi") and can_reach("download.pytorch.org"):
+        pip("--index-url", TORCH_CPU_INDEX, torch_requirement())  # no GPU: avoid the CUDA build of several GB
     pip("-r", str(requirements.relative_to(REPOSITORY)))
     stamp.write_text(wanted)
 
 
 def run(requirements, *command):
-    """Set up `.venv`, run `command` with its Python in the repository's root, return its exit code."""
+    """Set up `.venv`, run `command` with its Python in the repository's root, and return the exit code."""
     check_platform()
     create_venv()
     install(requirements)

@@ -1,8 +1,8 @@
-"""The README's first command: set everything up, then fine-tune a spam classifier with LoRA.
+"""The README's first command: create the environment, then fine-tune a spam classifier with LoRA.
 
-    python setup/run_main.py                                        # the embedded model and messages
-    python setup/run_main.py --assets book                          # OpenAI's 124M weights, UCI's messages
-    python setup/run_main.py --help                                 # all options of appendix-E/finetune_spam.py
+    python setup/run_main.py                   # the embedded model and messages
+    python setup/run_main.py --assets book     # OpenAI's 124M weights, UCI's messages
+    python setup/run_main.py --help            # all options, those of appendix-E/finetune_spam.py
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Set everything up, then open the notebooks in JupyterLab. Arguments are JupyterLab's.
+"""Create the environment, then open the notebooks in JupyterLab. Arguments go to JupyterLab.
 
     python setup/run_notebooks.py
 """

@@ -1,8 +1,8 @@
-"""The README's second command: set everything up, then run the tests.
+"""The README's second command: create the environment, then run the tests. Arguments go to pytest.
 
-    python setup/run_tests.py                  # everything but what is marked slow
-    python setup/run_tests.py --slow           # everything
-    python setup/run_tests.py tests/test_ch04.py -k cache    # arguments are pytest's
+    python setup/run_tests.py                  # all tests except the slow ones
+    python setup/run_tests.py --slow           # all tests
+    python setup/run_tests.py tests/chapters/test_ch04.py -k cache
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""What the book's code runs on: the choice of model and data, places on disk, the tokenizer, figures.
+"""What all chapters share: the choice of model and data, paths, the tokenizer, figures.
 
-`table` holds every download, `downloads` fetches them; `setup/fetch_assets.py` is the command.
+`table` lists every download, `downloads` fetches them, and `setup/fetch_assets.py` is the command for both.
 `DOWNLOADS.md` explains the variables LLM_ASSETS, LLM_CACHE_DIR and NOTEBOOK_QUICK.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from book_assets.table import EMBEDDED_MODEL
 
-# The switch
+# The choice of assets
 
 MODELS = {"book": "OpenAI's GPT-2", "embedded": "gpt2-tiny, this repository's own small GPT-2"}
 DATA = {
@@ -25,7 +25,7 @@ DATA = {
 
 
 class AssetsError(ArgumentTypeError, ValueError):
-    """A text does not name a choice of assets; argparse prints the message as it is."""
+    """The text is not a choice of assets. argparse prints the message unchanged."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Choice:
 
     @classmethod
     def parse(cls, text):
-        """Return the choice that "book", "embedded" or, for example, "model=embedded,data=book" names.
+        """Return the choice for "book", "embedded" or, for example, "model=embedded,data=book".
 
         Raises AssetsError, a ValueError, for any other text.
         """
@@ -53,7 +53,7 @@ class Choice:
         return known[text.replace(" ", "")]
 
     def model_size(self, size="124M"):
-        """Return which GPT-2 to load: "tiny" where the embedded model is chosen, else `size`."""
+        """Return the size of GPT-2 to load: "tiny" if the embedded model is chosen, else `size`."""
         return "tiny" if self.model == "embedded" else size
 
     def __str__(self):
@@ -61,27 +61,27 @@ class Choice:
 
 
 def choose_assets(default="book"):
-    """Return the `Choice` that LLM_ASSETS names, or `default` where the variable is not set or empty.
+    """Return the `Choice` in the variable LLM_ASSETS, or that of `default` if it is unset or empty.
 
-    Raises AssetsError as `Choice.parse`.
+    Raises AssetsError, as `Choice.parse` does.
     """
     return Choice.parse(os.environ.get("LLM_ASSETS", "").strip() or default)
 
 
 def is_quick():
-    """Return whether NOTEBOOK_QUICK asks for short trainings: set, and neither empty nor 0."""
+    """Return whether NOTEBOOK_QUICK asks for short training runs: set, and neither empty nor 0."""
     return os.environ.get("NOTEBOOK_QUICK", "") not in ("", "0")
 
 
 def in_cache(path):
-    """Return `path`, put under LLM_CACHE_DIR if that variable is set and `path` is relative."""
+    """Return `path`, placed under LLM_CACHE_DIR if that variable is set and `path` is relative."""
     cache = os.environ.get("LLM_CACHE_DIR")
     return Path(cache).expanduser().absolute() / path if cache else Path(path)
 
 
 @contextmanager
 def replacing(path):
-    """Give a temporary path beside `path` to write to; it becomes `path`, whole, if no error is raised."""
+    """Yield a temporary path to write to; rename it to `path` on success, delete it after an error."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -98,9 +98,9 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def get_tokenizer(folder=EMBEDDED_MODEL):
-    """Return GPT-2's tokenizer from vocab.bpe and encoder.json in `folder`, without any network access.
+    """Return GPT-2's tokenizer, made from vocab.bpe and encoder.json in `folder` without network access.
 
-    The encoding is `tiktoken.get_encoding("gpt2")`'s. Raises FileNotFoundError if a file is missing,
+    It encodes as `tiktoken.get_encoding("gpt2")` does. Raises FileNotFoundError if a file is missing,
     ValueError if the two do not belong together.
     """
     import tiktoken
@@ -118,7 +118,7 @@ def get_tokenizer(folder=EMBEDDED_MODEL):
 
 
 def printable_bytes():
-    """Return which byte each character of encoder.json stands for: unprintable ones follow from U+0100."""
+    """Return {character of encoder.json: byte}; the unprintable bytes have characters from U+0100 on."""
     printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 32]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -128,7 +128,7 @@ def printable_bytes():
 
 
 def show(fig, alt):
-    """Display a matplotlib figure as a PNG with the alternative text `alt`, and close it."""
+    """Display a matplotlib figure as a PNG image with the alternative text `alt`, and close it."""
     import matplotlib.pyplot as plt
     from IPython.display import Image, display
 

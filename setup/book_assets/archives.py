@@ -1,4 +1,4 @@
-"""Take one member out of a zip archive that nobody vouches for."""
+"""Extract one member of an untrusted zip archive."""
 
 import hashlib
 import zipfile
@@ -6,11 +6,11 @@ import zlib
 from pathlib import PurePosixPath
 
 CHUNK = 1 << 16
-LARGEST = 100_000_000  # bytes of an archive or a member whose size is not known beforehand
+LARGEST = 100_000_000  # bytes: the limit for an archive or member of unknown size
 
 
 class ArchiveError(ValueError):
-    """The archive is damaged, or not what it should be."""
+    """The archive is damaged, or not the expected one."""
 
 
 def member_hash(archive, member):
@@ -24,8 +24,8 @@ def member_hash(archive, member):
 def copy_member(archive, member, target):
     """Write `member`, and nothing else, to the file `target`.
 
-    Raises ArchiveError if it has not the size and SHA-256 that `member` states (None: any). `target` is
-    then no file to use: give a temporary name and rename it after success.
+    Raises ArchiveError unless it has the size and SHA-256 of `member` (None: any). `target` then contains
+    unverified data: pass a temporary path, as `replacing` gives.
     """
     digest = hashlib.sha256()
     with open(target, "wb") as file:
@@ -37,7 +37,7 @@ def copy_member(archive, member, target):
 
 
 def read_member(archive, member):
-    """Yield the member's bytes in pieces, after a look at what the archive says of itself."""
+    """Yield the member's bytes in chunks, after checking the archive's directory."""
     try:
         with zipfile.ZipFile(archive) as opened:
             info = inspect_members(opened, member)
@@ -49,7 +49,7 @@ def read_member(archive, member):
 
 
 def inspect_members(opened, member):
-    """Return the member's entry; raise ArchiveError if it is missing, too large, or a name leads outside."""
+    """Return the member's entry; raise ArchiveError if it is missing or too large or a name leads outside."""
     for name in opened.namelist():
         if leads_outside(name):
             raise ArchiveError(f"an archive with the member {name!r}, which leads out of its folder")

@@ -1,9 +1,9 @@
-"""One downloader for everything that the book's code fetches: resumable, verified, all or nothing.
+"""The downloader for everything that the book's code fetches: resumable, verified, all or nothing.
 
     path = fetch(ASSETS["gpt2/124M/vocab.bpe"], "gpt2/124M")
 
-A file appears under its final name only when it is complete and verified. Until then it grows in
-NAME.partial, from which the next run goes on. `DOWNLOADS.md` lists each fault and what follows from it.
+A file gets its final name only when it is complete and verified. Until then it grows in NAME.partial, from
+which the next run resumes. `DOWNLOADS.md` lists every fault and its outcome.
 """
 
 import os
@@ -18,98 +18,99 @@ from pooch import file_hash
 from book_assets import in_cache, replacing
 from book_assets.archives import LARGEST, ArchiveError, copy_member, member_hash
 from book_assets.table import ASSETS
-from book_assets.transfer import LOGIN_PAGE, PATIENCE, Rejected, Transfer
+from book_assets.transfer import LOGIN_PAGE, RETRY, Rejected, Transfer
 
 SPAM_SHA256 = ASSETS["sms-spam"].member.sha256
 
 
 class DownloadError(RuntimeError):
-    """A file could not be had. The text says why, source by source, and what the reader can do."""
+    """A file could not be downloaded. The message says why, for each source, and what the reader can do."""
 
 
-def fetch(asset, folder, patience=PATIENCE):
+def fetch(asset, folder, retry=RETRY):
     """Return the path of `asset` in `folder`, downloaded and verified unless a good file is there.
 
-    A file with the right hash is used without any network access. Raises DownloadError if another file
-    has that name (it is never overwritten), if no source delivers, or if `folder` cannot be written.
+    A file with the right hash is used without any network access. Raises DownloadError if a different file
+    has that name (it is never overwritten), if no source provides the file, or if `folder` is not writable.
     """
     path = Path(folder) / asset.filename
-    with writing(path):
+    with os_errors_explained(path):
         if is_good(asset, path):
             return path
-        with exclusive(path):
+        with file_lock(path):
             if not is_good(asset, path):  # another process may have been faster
-                download(asset, path, patience)
+                download(asset, path, retry)
     return path
 
 
 def fetch_spam_data(
     url, zip_path, extracted_path, data_file_path, member_sha256=SPAM_SHA256, asset=ASSETS["sms-spam"],
-    patience=PATIENCE,
+    retry=RETRY,
 ):
-    """Leave the SMS Spam Collection at `data_file_path`; the archive stays at `zip_path`.
+    """Return `data_file_path`, with the SMS Spam Collection in it; the archive is kept at `zip_path`.
 
-    `url` is tried alone, None stands for the sources of `asset`. Whatever the archive, its member must have
-    the SHA-256 `member_sha256`, unless that is None. A relative `zip_path` is put under LLM_CACHE_DIR if
-    that variable is set. Raises DownloadError, also if a differing file stands at one of the two paths.
+    Only `url` is tried; None means the sources of `asset`. In any archive, the member must have the SHA-256
+    `member_sha256`, unless that is None. A relative `zip_path` is put under LLM_CACHE_DIR if that variable
+    is set. Raises DownloadError, also if there is a different file at one of the two paths.
     """
-    zip_path, target = in_cache(zip_path), Path(data_file_path)
+    zip_path = in_cache(zip_path)
+    target = Path(data_file_path)
     size = asset.member.size if member_sha256 == asset.member.sha256 else None
     member = replace(asset.member, size=size, sha256=member_sha256)
     sources = asset.sources if url is None else (url,)
     asset = replace(asset, filename=zip_path.name, sources=sources, member=member)
-    with writing(target):
+    with os_errors_explained(target):
         if target_is_good(target, member_sha256):
             return target
-        archive = fetch(asset, zip_path.parent, patience)
+        archive = fetch(asset, zip_path.parent, retry)
         Path(extracted_path).mkdir(parents=True, exist_ok=True)
-        with exclusive(target):
+        with file_lock(target):
             if not target_is_good(target, member_sha256):
                 extract(archive, member, target)
     return target
 
 
 def extract(archive, member, target):
-    """Put the member at `target`, whole and verified or not at all."""
+    """Write the member to `target`, complete and verified or not at all."""
     try:
         with replacing(target) as partial:
             copy_member(archive, member, partial)
     except ArchiveError as error:
-        raise in_the_way(archive, str(error)) from error
+        raise file_conflict(archive, str(error)) from error
 
 
 def target_is_good(target, sha256):
-    """Return whether the extracted file is there; raise DownloadError if it is another one."""
+    """Return whether the extracted file exists; raise DownloadError if it is a different one."""
     if not target.exists():
         return False
     if sha256 not in (None, file_hash(target)):
-        raise in_the_way(target, "it is not the SMS Spam Collection (its SHA-256 differs)")
+        raise file_conflict(target, "it is not the SMS Spam Collection (its SHA-256 differs)")
     return True
 
 
-# What is on the disk
+# Files on disk
 
 
-def record_of(path):
-    """Return the file that holds the SHA-256 of an unpinned asset's first download (sha256sum's format)."""
+def record_path(path):
+    """Return the path that records the SHA-256 of an unpinned asset's first download (sha256sum's format)."""
     return Path(f"{path}.sha256")
 
 
 def expected_hash(asset, path):
-    """Return the SHA-256 that the file at `path` must have, or None if that is not known yet."""
-    record = record_of(path)
+    """Return the SHA-256 that the file at `path` must have, or None if it is not known yet."""
+    record = record_path(path)
     if asset.sha256 or not record.exists():
         return asset.sha256
     return next(iter(record.read_text(encoding="utf-8").split()), None)
 
 
 def write_record(path, sha256):
-    with replacing(record_of(path)) as partial:
+    with replacing(record_path(path)) as partial:
         partial.write_text(f"{sha256}  {path.name}\n", encoding="utf-8", newline="\n")
 
 
-def fault(asset, file, expected):
-    """Return what is wrong with a complete file, None if nothing is."""
+def find_fault(asset, file, expected):
+    """Return what is wrong with a complete file, or None."""
     size = file.stat().st_size
     if size == 0:
         return "an empty file"
@@ -117,7 +118,7 @@ def fault(asset, file, expected):
         if re.match(rb"\s*<(!doctype html|html)", start.read(200), re.IGNORECASE):
             return LOGIN_PAGE
     if asset.member:
-        return archive_fault(asset.member, file)
+        return find_archive_fault(asset.member, file)
     if asset.size not in (None, size):
         return f"{size:,} bytes instead of {asset.size:,}"
     found = file_hash(file)
@@ -126,7 +127,7 @@ def fault(asset, file, expected):
     return None
 
 
-def archive_fault(member, file):
+def find_archive_fault(member, file):
     try:
         found = member_hash(file, member)
     except ArchiveError as error:
@@ -137,63 +138,60 @@ def archive_fault(member, file):
 
 
 def is_good(asset, path):
-    """Return whether the complete file is there; raise DownloadError if another one has its name.
+    """Return whether the complete file exists; raise DownloadError if a different one has its name.
 
-    An unpinned file that was put there by hand is taken at its word, and its hash recorded.
+    An unpinned file that was put there by hand is trusted, and its hash recorded.
     """
     if not path.exists():
         return False
     expected = expected_hash(asset, path)
-    if reason := fault(asset, path, expected):
-        raise in_the_way(path, reason)
+    if reason := find_fault(asset, path, expected):
+        raise file_conflict(path, reason)
     if expected is None and asset.member is None:
         with suppress(OSError):  # a read-only folder
             write_record(path, file_hash(path))
     return True
 
 
-def in_the_way(path, reason):
+def file_conflict(path, reason):
     return DownloadError(
-        f"{path.absolute()} is there, but {reason}. It is left as it is: move it away or delete it"
-        f"{' (and ' + record_of(path).name + ')' if record_of(path).exists() else ''}, then try again."
+        f"{path.absolute()} exists, but {reason}. It was not changed: move it away or delete it"
+        f"{' (and ' + record_path(path).name + ')' if record_path(path).exists() else ''}, then try again."
     )
 
 
 @contextmanager
-def writing(path):
-    """Turn errors of the file system into a DownloadError that says what to do."""
+def os_errors_explained(path):
+    """Raise a DownloadError that says what to do in place of an OSError."""
     try:
         yield
     except OSError as error:
         raise DownloadError(
-            f"{path.absolute()} could not be written: {error}. Make room, or choose another folder, for "
-            "example with the environment variable LLM_CACHE_DIR. What has arrived is kept and continued."
+            f"{path.absolute()} could not be written: {error}. Free some space, or choose another folder, "
+            "for example with the environment variable LLM_CACHE_DIR. The bytes received are kept, and the "
+            "next run resumes there."
         ) from error
 
 
 @contextmanager
-def exclusive(path):
-    """Let one process at a time work on `path`, in a folder that is made if need be."""
+def file_lock(path):
+    """Let one process at a time work on `path`; create its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         yield
-        with suppress(OSError):  # after success only: who waits for the lock finds the finished file
+        with suppress(OSError):  # after success only: a waiting process then finds the finished file
             os.unlink(f"{path}.lock")
 
 
-# From the sources, in order
+# From the sources
 
 
-def download(asset, path, patience):
-    """Put the file at `path`, from the first source that delivers a good one; raise DownloadError if none."""
-    expected, any_member = expected_hash(asset, path), asset.member is not None
-    transfer = Transfer(
-        path,
-        size=None if any_member else asset.size,
-        limit=LARGEST if any_member else asset.size,
-        checkable=expected is not None and not any_member,
-        patience=patience,
-    )
+def download(asset, path, retry):
+    """Download the file from the first source that provides it; raise DownloadError if none does."""
+    expected = expected_hash(asset, path)
+    size, limit = (None, LARGEST) if asset.member else (asset.size, asset.size)
+    checkable = expected is not None and not asset.member
+    transfer = Transfer(path, size, limit, checkable, retry)
     failures = []
     for url in asset.sources:
         try:
@@ -202,37 +200,37 @@ def download(asset, path, patience):
         except Rejected as reason:
             failures.append(f"  {url}\n    {reason}")
     else:
-        raise DownloadError(report(asset, path, failures, transfer.arrived()))
-    if expected is None and not any_member:
+        raise DownloadError(report(asset, path, failures, transfer.bytes_received()))
+    if expected is None and not asset.member:
         write_record(path, file_hash(transfer.partial))
     transfer.rename()
 
 
 def complete(asset, transfer, url, expected):
     """Receive and verify the partial file from one source, or raise Rejected."""
-    inherited = transfer.arrived() > 0
+    inherited = transfer.bytes_received() > 0
     transfer.receive(url)
-    reason = fault(asset, transfer.partial, expected)
-    if reason and inherited:  # the fault may be in what an earlier run or another source has left
+    reason = find_fault(asset, transfer.partial, expected)
+    if reason and inherited:  # the bad bytes may be from an earlier run or another source
         transfer.discard()
         transfer.receive(url)
-        reason = fault(asset, transfer.partial, expected)
+        reason = find_fault(asset, transfer.partial, expected)
     if reason:
         transfer.discard()
         raise Rejected(reason)
 
 
-def report(asset, path, failures, arrived):
-    """Return what happened at each source, and the ways out."""
-    size = f"{asset.size:,} bytes" if asset.size else "size not known"
-    kept = f"\nWhat has arrived ({arrived:,} bytes) is kept and continued." if arrived else ""
+def report(asset, path, failures, received):
+    """Return the error message: what happened at each source, and what the reader can do."""
+    size = f"{asset.size:,} bytes" if asset.size else "size unknown"
+    kept = f"\nThe {received:,} bytes received are kept, and the next run resumes there." if received else ""
     return (
         f"{asset.name} could not be downloaded:\n" + "\n".join(failures) + "\n"
-        "Ways out:\n"
-        "- Without it: set the environment variable LLM_ASSETS=embedded (scripts: --assets embedded), to "
-        "use the\n  model and the texts in this repository.\n"
-        f"- By hand: put the file at {path.absolute()}\n"
-        f"  ({size}, SHA-256 {asset.sha256 or 'not known'}).\n"
-        "- Behind a proxy or a company's certificate: set HTTPS_PROXY, or REQUESTS_CA_BUNDLE to the "
-        f"certificate's file.{kept}"
+        "What you can do:\n"
+        "- Work without it: set the environment variable LLM_ASSETS=embedded (scripts: --assets embedded) "
+        "to use\n  the model and the texts in this repository.\n"
+        f"- Download it yourself and save it as {path.absolute()}\n"
+        f"  ({size}, SHA-256 {asset.sha256 or 'unknown'}).\n"
+        "- Behind a proxy, set HTTPS_PROXY; behind a company's certificate, set REQUESTS_CA_BUNDLE to the "
+        f"certificate file.{kept}"
     )

@@ -1,4 +1,4 @@
-"""Every download of the book's code, and the places of what this repository ships. Imports nothing of ours."""
+"""Every download of the book's code, and the paths of the embedded model and texts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ EMBEDDED_MESSAGES = REPOSITORY / "ch06" / "sample_messages" / "SMSSpamCollection
 
 @dataclass(frozen=True)
 class Member:
-    """The one file that is wanted from a zip archive: its name there, size in bytes, SHA-256."""
+    """The file to extract from a zip archive: its name there, size in bytes, SHA-256."""
 
     name: str
     size: int
@@ -20,21 +20,19 @@ class Member:
 
 @dataclass(frozen=True)
 class Asset:
-    """A file to download: where from (in order), how many bytes, SHA-256, licence.
+    """A file to download.
 
-    `size` and `sha256` are None where they are not known: the asset is unpinned, and the hash of the
-    first download is recorded and enforced from then on. An archive with a `member` is good if that
-    member is, so that any mirror's zip serves. `folder` is where the book puts the file.
+    Without `sha256` it is unpinned: the hash of the first download is recorded, and enforced from then on.
     """
 
     name: str
     filename: str
-    sources: tuple
-    size: int | None
-    sha256: str | None
+    sources: tuple  # URLs, in the order in which they are tried
+    size: int | None  # in bytes, None if not known
+    sha256: str | None  # None if not known
     licence: str
-    member: Member | None = None
-    folder: str = "."
+    member: Member | None = None  # an archive is good if this member is: any mirror's zip will do
+    folder: str = "."  # where the book puts the file
 
 
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2"
@@ -46,7 +44,7 @@ VOCABULARY = {  # the same two files for every size of GPT-2
     "vocab.bpe": (456318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 }
 DATA_FILE = "model.ckpt.data-00000-of-00001"
-CHECKPOINTS = {  # size in bytes and SHA-256 of each file, as far as they are known
+CHECKPOINTS = {  # size in bytes and SHA-256 of each file, None if not known
     "124M": {
         "checkpoint": (77, "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb"),
         "hparams.json": (90, "d9d56e4121c427164e0c55c6f03c08e1daf9002b9b672825112d19097b680318"),
@@ -75,7 +73,7 @@ SAFETENSORS = {  # repository and revision, size in bytes, SHA-256
 
 
 def gpt2_assets(model_size):
-    """Yield the files of one GPT-2: OpenAI's checkpoint, its vocabulary, and Hugging Face's weights."""
+    """Yield the files of one size of GPT-2: OpenAI's checkpoint and vocabulary, Hugging Face's weights."""
     folder = f"gpt2/{model_size}"
     for file, (size, sha256) in (CHECKPOINTS[model_size] | VOCABULARY).items():
         sources = [f"{OPENAI}/models/{model_size}/{file}", f"{MIRROR}/gpt2/{model_size}/{file}"]
@@ -89,7 +87,7 @@ def gpt2_assets(model_size):
 
 
 def bpe_assets():
-    """Yield GPT-2's two vocabulary files from where tiktoken has them, and from the models' folders."""
+    """Yield GPT-2's two vocabulary files, with tiktoken's source first."""
     for file, (size, sha256) in VOCABULARY.items():
         sources = tuple(f"{root}/{file}" for root in (
             f"{OPENAI}/encodings/main", f"{OPENAI}/models/124M", f"{MIRROR}/gpt2/124M",

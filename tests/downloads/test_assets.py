@@ -1,5 +1,6 @@
-"""The table of downloads, the switch, the tokenizer without a network, and the command."""
+"""The table of downloads, the choice of assets, replacing a file, the tokenizer, figures."""
 
+import argparse
 import hashlib
 import re
 import subprocess
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import book_assets
-from book_assets import Choice, choose_assets, downloads, get_tokenizer, in_cache, is_quick
-from book_assets.table import ASSETS, EMBEDDED_MODEL, Asset
+from book_assets import AssetsError, Choice, choose_assets, get_tokenizer, in_cache, is_quick, replacing
+from book_assets.table import ASSETS, EMBEDDED_MODEL, REPOSITORY
+from fetch_assets import fill_tiktoken_cache
 
 HEX = re.compile(r"[0-9a-f]{64}")
 
@@ -56,7 +58,7 @@ def test_the_pins_are_those_of_the_real_files(book_data):
     assert (len(content), hashlib.sha256(content).hexdigest()) == (member.size, member.sha256)
 
 
-# The switch
+# The choice of assets
 
 
 @pytest.mark.parametrize(
@@ -65,10 +67,12 @@ def test_the_pins_are_those_of_the_real_files(book_data):
         ("book", Choice("book", "book")),
         ("embedded", Choice("embedded", "embedded")),
         ("model=embedded,data=book", Choice("embedded", "book")),
+        ("data=book,model=embedded", Choice("embedded", "book")),
         (" data=embedded , model=book ", Choice("book", "embedded")),
     ],
 )
-def test_the_switch_is_the_variable_or_the_argument(text, choice, monkeypatch):
+def test_the_choice_is_the_variable_or_the_argument(text, choice, monkeypatch):
+    assert Choice.parse(text) == choice
     monkeypatch.delenv("LLM_ASSETS", raising=False)
     assert choose_assets(text) == choice
     monkeypatch.setenv("LLM_ASSETS", text)
@@ -88,6 +92,22 @@ def test_another_choice_is_an_error_that_names_the_choices(text, monkeypatch):
     monkeypatch.setenv("LLM_ASSETS", text)
     with pytest.raises(ValueError, match=r"book.*embedded.*model=….data=….*LLM_ASSETS"):
         choose_assets()
+
+
+def test_argparse_prints_the_error_of_another_choice_unchanged(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--assets", type=Choice.parse)
+    with pytest.raises(AssetsError) as error:
+        Choice.parse("tiny")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--assets", "tiny"])
+    assert f"argument --assets: {error.value}\n" in capsys.readouterr().err
+
+
+def test_the_embedded_model_has_one_size():
+    assert Choice.parse("embedded").model_size("355M") == "tiny"
+    assert Choice.parse("data=embedded,model=book").model_size("355M") == "355M"
+    assert Choice.parse("book").model_size() == "124M"
 
 
 def test_a_choice_says_which_model_and_which_data():
@@ -114,6 +134,30 @@ def test_the_cache_takes_relative_paths_once(tmp_path, monkeypatch):
     assert in_cache(tmp_path / "gpt2") == tmp_path / "gpt2"
 
 
+# Replacing a file
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    target = tmp_path / "weights.pt"
+    for content in ("old", "new"):
+        with replacing(target) as partial:
+            partial.write_text(content, encoding="utf-8")
+            assert not target.exists() or target.read_text(encoding="utf-8") == "old"
+        assert target.read_text(encoding="utf-8") == content
+        assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_after_an_error_the_old_file_is_there_and_nothing_else(error, tmp_path):
+    target = tmp_path / "weights.pt"
+    target.write_text("old", encoding="utf-8")
+    with pytest.raises(error), replacing(str(target)) as partial:
+        partial.write_text("half", encoding="utf-8")
+        raise error
+    assert target.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
 # The tokenizer
 
 
@@ -125,7 +169,7 @@ def tiktokens_own(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path_factory.mktemp("tiktoken")))
-        book_assets.fill_tiktoken_cache()
+        fill_tiktoken_cache()
         return tiktoken.Encoding(**gpt2())
 
 
@@ -164,19 +208,7 @@ def test_files_that_do_not_belong_together_are_an_error(tmp_path):
         get_tokenizer(tmp_path)
 
 
-def test_tiktokens_cache_follows_its_own_variables(tmp_path, monkeypatch):
-    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
-    monkeypatch.setenv("DATA_GYM_CACHE_DIR", str(tmp_path / "gym"))
-    assert book_assets.fill_tiktoken_cache() == tmp_path / "gym"
-    assert sorted(path.name for path in (tmp_path / "gym").iterdir()) == [
-        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-    ]
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    with pytest.raises(ValueError, match="turns tiktoken's cache off"):
-        book_assets.fill_tiktoken_cache()
-
-
-# Figures, the command, the cost of importing
+# Figures, the time that importing takes
 
 
 def test_a_figure_is_shown_with_its_alternative_text_and_closed(monkeypatch):
@@ -191,61 +223,8 @@ def test_a_figure_is_shown_with_its_alternative_text_and_closed(monkeypatch):
     assert plt.get_fignums() == []
 
 
-@pytest.fixture
-def table(monkeypatch):
-    own = [Asset(f"gpt2/{name}", name, ("https://x.invalid",), 1500, None, "MIT") for name in ("a", "b")]
-    monkeypatch.setattr(book_assets, "ASSETS", {asset.name: asset for asset in own})
-
-
-def test_list_says_what_is_there_and_how_large(table, tmp_path, capsys):
-    (tmp_path / "a").write_bytes(bytes(70))
-    book_assets.main(["list", "--folder", str(tmp_path)])
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert first == f"folder {tmp_path}"
-    assert [line.split()[:5] for line in lines] == [
-        ["there", "70", "B", "unpinned", "gpt2/a"], ["missing", "1.5", "kB", "unpinned", "gpt2/b"],
-    ]
-
-
-@pytest.mark.parametrize(
-    "arguments, names",
-    [(["gpt2/a"], ["gpt2/a"]), (["gpt2"], ["gpt2/a", "gpt2/b"]), (["--all"], ["gpt2/a", "gpt2/b"])],
-)
-def test_fetch_takes_names_folders_or_all(arguments, names, table, tmp_path, monkeypatch):
-    fetched = []
-
-    def fetch(asset, folder):
-        fetched.append(asset.name)
-        (folder / asset.filename).write_bytes(b"")
-        return folder / asset.filename
-
-    monkeypatch.setattr(downloads, "fetch", fetch)
-    book_assets.main(["fetch", *arguments, "--folder", str(tmp_path)])
-    assert fetched == names
-
-
-def test_fetch_fetches_the_rest_when_one_fails_and_ends_with_the_report(table, tmp_path, monkeypatch):
-    fetched = []
-
-    def fetch(asset, folder):
-        fetched.append(asset.name)
-        raise downloads.DownloadError(f"{asset.name} is gone")
-
-    monkeypatch.setattr(downloads, "fetch", fetch)
-    with pytest.raises(SystemExit, match=r"(?s)gpt2/a is gone.*gpt2/b is gone"):
-        book_assets.main(["fetch", "--all", "--folder", str(tmp_path)])
-    assert fetched == ["gpt2/a", "gpt2/b"]
-
-
-@pytest.mark.parametrize("arguments", [["fetch"], ["fetch", "gpt3"]])
-def test_fetch_without_a_known_name_says_what_there_is(arguments, table, capsys):
-    with pytest.raises(SystemExit):
-        book_assets.main(arguments)
-    assert re.search(r"--all|no asset 'gpt3': name one that `list` shows, or gpt2", capsys.readouterr().err)
-
-
 def test_importing_the_table_is_cheap():
     heavy = "{'numpy', 'torch', 'pandas', 'tiktoken', 'requests', 'matplotlib', 'IPython'}"
     code = f"import sys, book_assets; print({heavy} & sys.modules.keys())"
-    folder = book_assets.REPOSITORY / "setup"
+    folder = REPOSITORY / "setup"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=folder) == "set()\n"

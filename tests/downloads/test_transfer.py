@@ -1,4 +1,4 @@
-"""Whatever a server does, what arrives is whole, and each fault is waited for or reported."""
+"""Whatever a server does, the file is complete, and each fault is retried or reported."""
 
 import io
 import re
@@ -9,15 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-import download_helpers
 from book_assets.downloads import DownloadError, fetch
 from book_assets.transfer import Rejected, Transfer
 from download_helpers import DATA, assert_fetched, asset, files
 
-naps, patience, haste = download_helpers.naps, download_helpers.patience, download_helpers.haste
-running_server, server = download_helpers.running_server, download_helpers.server
-
-PASSING = {  # fault: the pauses it costs
+TEMPORARY = {  # fault: the pauses it causes
     "good": [],
     "redirect": [],
     "no_length": [],
@@ -29,7 +25,7 @@ PASSING = {  # fault: the pauses it costs
     "recovers=3": [1, 2, 4],
     "retry_after=7": [7],
 }
-FAILING = {  # fault: what the report says of it, whether the pauses were used up
+PERMANENT = {  # fault: what the report says, and whether all pauses were used
     "drops_norange=99": (r"Incomplete|IncompleteRead", True),
     "too_much": (r"offers 668,705 bytes instead of 667,705", False),
     "too_much_unsaid": (r"more than 667,705 bytes", False),
@@ -55,110 +51,110 @@ FAILING = {  # fault: what the report says of it, whether the pauses were used u
 HASTY = ("hangs", "trickles")
 
 
-@pytest.mark.parametrize("fault", PASSING)
-def test_a_fault_that_passes_is_waited_for(fault, server, patience, naps, tmp_path):
-    assert_fetched(fetch(asset(server.url("a.bin", fault)), tmp_path, patience))
-    assert naps == PASSING[fault]
+@pytest.mark.parametrize("fault", TEMPORARY)
+def test_a_temporary_fault_is_retried(fault, server, retry, pauses, tmp_path):
+    assert_fetched(fetch(asset(server.url("a.bin", fault)), tmp_path, retry))
+    assert pauses == TEMPORARY[fault]
 
 
-@pytest.mark.parametrize("fault", FAILING)
-def test_a_fault_that_stays_is_reported(fault, server, patience, haste, naps, tmp_path):
-    says, tired = FAILING[fault]
+@pytest.mark.parametrize("fault", PERMANENT)
+def test_a_permanent_fault_is_reported(fault, server, retry, hasty_retry, pauses, tmp_path):
+    says, all_used = PERMANENT[fault]
     url = server.url("a.bin", fault)
     with pytest.raises(DownloadError, match=f"(?s){re.escape(url)}\n.*{says}"):
-        fetch(asset(url), tmp_path, haste if fault in HASTY else patience)
+        fetch(asset(url), tmp_path, hasty_retry if fault in HASTY else retry)
     assert set(files(tmp_path)) <= {"a.bin.partial"}
-    assert naps[-3:] == ([1, 2, 4] if tired else [])
+    assert pauses[-3:] == ([1, 2, 4] if all_used else [])
 
 
-@pytest.mark.parametrize("fault", FAILING)
-def test_after_a_faulty_source_the_next_one_delivers(fault, server, patience, haste, tmp_path):
+@pytest.mark.parametrize("fault", PERMANENT)
+def test_after_a_faulty_source_the_next_one_is_used(fault, server, retry, hasty_retry, tmp_path):
     first, second = server.url("a.bin", fault), server.url("a.bin")
-    assert_fetched(fetch(asset(first, second), tmp_path, haste if fault in HASTY else patience))
+    assert_fetched(fetch(asset(first, second), tmp_path, hasty_retry if fault in HASTY else retry))
     assert server.requests[-1].path.startswith("/good/")
 
 
-def test_retry_after_may_be_a_date(server, patience, naps, tmp_path):
+def test_retry_after_may_be_a_date(server, retry, pauses, tmp_path):
     moment = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=60), usegmt=True)
     url = server.url("a.bin", f"retry_after={moment.replace(' ', '_')}")
-    assert_fetched(fetch(asset(url), tmp_path, patience))
-    assert len(naps) == 1 and 50 < naps[0] <= 60
+    assert_fetched(fetch(asset(url), tmp_path, retry))
+    assert len(pauses) == 1 and 50 < pauses[0] <= 60
 
 
-# Going on where it stopped
+# Resuming
 
 
-def test_only_the_rest_is_transferred(server, patience, tmp_path):
+def test_only_the_rest_is_transferred(server, retry, tmp_path):
     (tmp_path / "a.bin.partial").write_bytes(DATA[:400_000])
-    assert_fetched(fetch(asset(server.url("a.bin")), tmp_path, patience))
+    assert_fetched(fetch(asset(server.url("a.bin")), tmp_path, retry))
     assert [(r.range, r.sent) for r in server.requests] == [("bytes=400000-", len(DATA) - 400_000)]
 
 
-def test_another_source_goes_on_where_the_first_stopped(server, haste, tmp_path):
+def test_another_source_resumes_where_the_first_stopped(server, hasty_retry, tmp_path):
     sources = server.url("a.bin", "hangs"), server.url("a.bin")
-    assert_fetched(fetch(asset(*sources), tmp_path, haste))
+    assert_fetched(fetch(asset(*sources), tmp_path, hasty_retry))
     assert server.requests[-1].range == f"bytes={len(DATA) // 10}-"
 
 
-def test_a_range_answered_with_the_whole_file_starts_over(server, patience, tmp_path):
+def test_a_range_answered_with_the_whole_file_starts_over(server, retry, tmp_path):
     (tmp_path / "a.bin.partial").write_bytes(DATA[:400_000])
-    assert_fetched(fetch(asset(server.url("a.bin", "ignores_range")), tmp_path, patience))
+    assert_fetched(fetch(asset(server.url("a.bin", "ignores_range")), tmp_path, retry))
     assert [(r.range, r.sent) for r in server.requests] == [("bytes=400000-", len(DATA))]
 
 
-def test_a_range_answered_with_another_range_starts_over(server, patience, tmp_path):
+def test_a_range_answered_with_another_range_starts_over(server, retry, tmp_path):
     (tmp_path / "a.bin.partial").write_bytes(DATA[:400_000])
-    assert_fetched(fetch(asset(server.url("a.bin", "wrong_range")), tmp_path, patience))
+    assert_fetched(fetch(asset(server.url("a.bin", "wrong_range")), tmp_path, retry))
     assert [r.range for r in server.requests] == ["bytes=400000-", None]
 
 
-def test_a_login_page_does_not_cost_what_has_arrived(server, patience, tmp_path):
+def test_a_login_page_does_not_delete_the_partial_file(server, retry, tmp_path):
     (tmp_path / "a.bin.partial").write_bytes(DATA[:400_000])
-    with pytest.raises(DownloadError, match=r"400,000 bytes\) is kept"):
-        fetch(asset(server.url("a.bin", "html"), server.url("a.bin", "status=404")), tmp_path, patience)
+    with pytest.raises(DownloadError, match=r"400,000 bytes received are kept"):
+        fetch(asset(server.url("a.bin", "html"), server.url("a.bin", "status=404")), tmp_path, retry)
     assert (tmp_path / "a.bin.partial").read_bytes() == DATA[:400_000]
 
 
-@pytest.mark.parametrize("rubbish", [b"x" * 400_000, b"x" * len(DATA), b"x" * (len(DATA) + 5)])
-def test_a_spoilt_partial_file_is_fetched_anew(rubbish, server, patience, tmp_path):
-    (tmp_path / "a.bin.partial").write_bytes(rubbish)
-    assert_fetched(fetch(asset(server.url("a.bin")), tmp_path, patience))
+@pytest.mark.parametrize("content", [b"x" * 400_000, b"x" * len(DATA), b"x" * (len(DATA) + 5)])
+def test_a_damaged_partial_file_is_downloaded_again(content, server, retry, tmp_path):
+    (tmp_path / "a.bin.partial").write_bytes(content)
+    assert_fetched(fetch(asset(server.url("a.bin")), tmp_path, retry))
 
 
-# Networks of companies, terminals
+# Company networks, terminals
 
 
-def test_proxies_come_from_the_environment(server, patience, tmp_path, monkeypatch):
+def test_proxies_come_from_the_environment(server, retry, tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.port}")
-    assert_fetched(fetch(asset("http://files.invalid/good/a.bin"), tmp_path, patience))
+    assert_fetched(fetch(asset("http://files.invalid/good/a.bin"), tmp_path, retry))
 
 
-def test_the_certificates_come_from_the_environment(server, patience, tmp_path, monkeypatch):
+def test_the_certificates_come_from_the_environment(server, retry, tmp_path, monkeypatch):
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "missing.pem"))
     url = server.url("a.bin").replace("http:", "https:")
     with pytest.raises(DownloadError, match=r"missing\.pem"):
-        fetch(asset(url), tmp_path / "folder", patience)
+        fetch(asset(url), tmp_path / "folder", retry)
 
 
-def test_a_server_without_a_certificate_is_refused_at_once(server, patience, naps, tmp_path):
+def test_a_server_without_a_certificate_is_refused_at_once(server, retry, pauses, tmp_path):
     url = server.url("a.bin").replace("http:", "https:")
     with pytest.raises(DownloadError, match="no secure connection"):
-        fetch(asset(url), tmp_path, patience)
-    assert naps == []
+        fetch(asset(url), tmp_path, retry)
+    assert pauses == []
 
 
-def test_a_redirect_from_https_to_http_is_refused(patience, tmp_path):
-    transfer = Transfer(tmp_path / "a.bin", len(DATA), len(DATA), True, patience)
+def test_a_redirect_from_https_to_http_is_refused(retry, tmp_path):
+    transfer = Transfer(tmp_path / "a.bin", len(DATA), len(DATA), True, retry)
     answer = SimpleNamespace(status_code=200, reason="OK", headers={}, url="http://example.org/a.bin")
     with pytest.raises(Rejected, match="not encrypted"):
-        transfer.judge("https://example.org/a.bin", answer, 0)
+        transfer.check_response("https://example.org/a.bin", answer, 0)
 
 
-def test_the_progress_bar_shows_only_in_terminals(server, patience, tmp_path, monkeypatch, capsys):
-    fetch(asset(server.url("a.bin")), tmp_path / "log", patience)
+def test_the_progress_bar_shows_only_in_terminals(server, retry, tmp_path, monkeypatch, capsys):
+    fetch(asset(server.url("a.bin")), tmp_path / "log", retry)
     assert capsys.readouterr() == ("", "")
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    fetch(asset(server.url("a.bin", "slow")), tmp_path / "terminal", patience)
+    fetch(asset(server.url("a.bin", "slow")), tmp_path / "terminal", retry)
     assert re.search(r"a\.bin:\s+\d+%.*/668k \[\d\d:\d\d<\d\d:\d\d, .*B/s\]", terminal.getvalue())

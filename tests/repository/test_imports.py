@@ -7,7 +7,10 @@ import pytest
 
 from book_assets.table import REPOSITORY
 
-MODULES = ["ch04", "ch05", "gpt_download", "ch06", "appendix_e", "lora_in_practice"]
+MODULES = [
+    "ch04", "ch05", "gpt_download", "ch06", "appendix_e", "lora_in_practice", "finetune_spam", "listings",
+    "benchmark.run",
+]
 SPELLINGS = """
 import ch04, ch05, ch06, chapter04, chapter05, chapter06, gpt_download
 assert chapter04 is ch04 and chapter05 is ch05 and chapter06 is ch06
@@ -29,7 +32,7 @@ def python(code, cwd):
     return result.stdout
 
 
-@pytest.mark.parametrize("folder", [".", "ch04", "ch06", "appendix-E", "tests", None])
+@pytest.mark.parametrize("folder", [".", "ch04", "ch06", "appendix-E", "appendix-E/topics", "tests", None])
 def test_both_spellings_work_from_any_directory(folder, tmp_path):
     output = python(SPELLINGS, tmp_path if folder is None else REPOSITORY / folder)
     assert output.split() == [str(REPOSITORY / name / f"{name}.py") for name in ("ch04", "ch05", "ch06")]

@@ -1,18 +1,21 @@
-"""The set-up scripts: what they refuse, what they install, what the environment check finds."""
+"""The set-up scripts: the platforms they reject, what they install, what the environment check finds."""
 
+import ast
 import subprocess
 import sys
 
+import nbformat
 import pytest
 
 import check_environment
+import execute_notebooks
 import make_environment
 from book_assets.table import REPOSITORY
 
 
 @pytest.fixture
 def no_subprocess(monkeypatch, tmp_path):
-    """Record the commands that would run, in an environment folder of the test's own."""
+    """Record the commands that would run, with a temporary environment folder."""
     commands = []
 
     def record(command, **_):
@@ -25,7 +28,7 @@ def no_subprocess(monkeypatch, tmp_path):
     return commands
 
 
-def test_an_unsupported_python_is_told_which_to_take(monkeypatch):
+def test_an_unsupported_python_is_told_which_versions_are_supported(monkeypatch):
     monkeypatch.setattr(make_environment.sys, "version_info", (3, 9, 1))
     with pytest.raises(SystemExit, match=r"3\.10 to 3\.13"):
         make_environment.check_platform()
@@ -39,7 +42,7 @@ def test_an_intel_mac_is_sent_to_colab(monkeypatch):
 
 
 def test_a_repeated_installation_does_nothing(no_subprocess, monkeypatch):
-    monkeypatch.setattr(make_environment, "reachable", lambda host: False)
+    monkeypatch.setattr(make_environment, "can_reach", lambda host: False)
     make_environment.install(make_environment.MAIN)
     assert len(no_subprocess) == 1
     make_environment.install(make_environment.MAIN)
@@ -47,7 +50,7 @@ def test_a_repeated_installation_does_nothing(no_subprocess, monkeypatch):
 
 
 def test_linux_without_a_gpu_gets_the_processor_build(no_subprocess, monkeypatch):
-    monkeypatch.setattr(make_environment, "reachable", lambda host: True)
+    monkeypatch.setattr(make_environment, "can_reach", lambda host: True)
     monkeypatch.setattr(make_environment.shutil, "which", lambda name: None)
     monkeypatch.setattr(make_environment.sys, "platform", "linux")
     make_environment.install(make_environment.MAIN)
@@ -56,14 +59,14 @@ def test_linux_without_a_gpu_gets_the_processor_build(no_subprocess, monkeypatch
 
 
 def test_linux_with_a_gpu_gets_the_usual_build(no_subprocess, monkeypatch):
-    monkeypatch.setattr(make_environment, "reachable", lambda host: True)
+    monkeypatch.setattr(make_environment, "can_reach", lambda host: True)
     monkeypatch.setattr(make_environment.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     make_environment.install(make_environment.MAIN)
     assert not any(make_environment.TORCH_CPU_INDEX in command for command in no_subprocess)
 
 
 def test_a_failed_installation_is_not_taken_for_done(no_subprocess, monkeypatch):
-    monkeypatch.setattr(make_environment, "reachable", lambda host: False)
+    monkeypatch.setattr(make_environment, "can_reach", lambda host: False)
     monkeypatch.setattr(
         make_environment.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1)
     )
@@ -73,9 +76,9 @@ def test_a_failed_installation_is_not_taken_for_done(no_subprocess, monkeypatch)
 
 
 def test_the_environment_check_finds_everything_here():
-    checks = check_environment.all_checks()
+    checks = check_environment.run_checks()
     assert [line for right, line in checks if not right] == []
-    assert checks[-1][1].startswith("device: ")
+    assert "; device: " in checks[-1][1]
 
 
 def test_the_environment_check_names_what_is_missing_or_too_old():
@@ -85,10 +88,25 @@ def test_the_environment_check_names_what_is_missing_or_too_old():
     assert not right and line.endswith("need <1")
 
 
-def test_every_python_file_parses_on_the_oldest_supported_python():
-    import ast
+def test_the_environment_check_reports_a_module_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setattr(check_environment, "OUR_MODULES", ("ch04", "no_such_module"))
+    right, line = check_environment.check_our_modules()
+    assert not right and "no_such_module" in line and "pip install -e ." in line
 
-    for path in REPOSITORY.glob("*/*.py"):
+
+def test_an_executed_notebook_keeps_its_tags_and_no_other_metadata(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(1 + 1)")])
+    notebook.cells[0].metadata = {"tags": ["nbval-check-output"], "collapsed": True}
+    nbformat.write(notebook, tmp_path / "sum.ipynb")
+    execute_notebooks.execute(tmp_path / "sum.ipynb")
+    (cell,) = nbformat.read(tmp_path / "sum.ipynb", as_version=4).cells
+    assert cell.metadata == {"tags": ["nbval-check-output"]}
+    assert (cell.execution_count, cell.outputs[0].text) == (1, "2\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["sum.ipynb"]
+
+
+def test_every_python_file_parses_on_the_oldest_supported_python():
+    for path in REPOSITORY.glob("[acst]*/**/*.py"):
         ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
 
 
@@ -96,10 +114,11 @@ def test_the_check_runs_as_a_script_from_anywhere(tmp_path):
     script = REPOSITORY / "setup" / "check_environment.py"
     result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
-    assert "Everything is there." in result.stdout
+    assert "Everything is installed." in result.stdout
 
 
 def test_nothing_in_the_modules_assumes_cuda():
-    for path in REPOSITORY.glob("*/*.py"):
-        if path.parent.name != "tests":
-            assert ".cuda()" not in path.read_text(encoding="utf-8"), path
+    for path in REPOSITORY.glob("[acs]*/**/*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        assert "cuda" not in [getattr(function, "attr", "") for function in called], path

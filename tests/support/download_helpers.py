@@ -1,4 +1,4 @@
-"""What the tests of downloads share: a file, its table entry, the server, and short patience."""
+"""Helpers for the tests of downloads: a file and its table entry, and child processes."""
 
 import hashlib
 import random
@@ -8,12 +8,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 import book_assets
 from book_assets.table import Asset
-from book_assets.transfer import Patience
-from misbehaving_server import PIECE, Server, Zeros
+from misbehaving_server import PIECE, Zeros
 
 DATA = random.Random(123).randbytes(10 * PIECE + 12_345)
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -22,37 +19,8 @@ ZEROS_SHA256 = "38f7c0648553d81ad9402ebdd1b275a0029644c5b7eef7c963dfa7db9ef0ba23
 SETUP = Path(book_assets.__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def running_server():
-    with Server({"a.bin": DATA, "zeros.bin": ZEROS}) as server:
-        yield server
-
-
-@pytest.fixture
-def server(running_server):
-    running_server.requests.clear()
-    return running_server
-
-
-@pytest.fixture
-def naps():
-    return []
-
-
-@pytest.fixture
-def patience(naps):
-    """The usual patience, but pauses take no time: they are noted in `naps`."""
-    return Patience(sleep=naps.append)
-
-
-@pytest.fixture
-def haste(patience):
-    """The same for servers that hang or trickle."""
-    return replace(patience, read=0.3, window=0.2)
-
-
 def asset(*sources, **changes):
-    """DATA as an asset with these sources."""
+    """Return DATA as an asset with these sources."""
     return replace(Asset("test/a.bin", "a.bin", sources, len(DATA), SHA256, "none"), **changes)
 
 
@@ -65,7 +33,7 @@ def files(folder):
 
 
 def assert_fetched(path):
-    """The file is whole, and nothing else is left beside it."""
+    """Assert that the file is complete and alone in its folder."""
     assert path.read_bytes() == DATA
     assert sorted(path.parent.iterdir()) == [path]
 
@@ -75,7 +43,7 @@ import sys
 from pathlib import Path
 def peak():
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage counts the parent's memory before exec, too
+    if status.exists():  # getrusage also counts the parent's memory before exec
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     if sys.platform == "win32":
         import psutil
@@ -98,5 +66,5 @@ def in_child(code, **options):
 def wait_until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "nothing happened"
+        assert time.monotonic() < end, f"not true within {seconds} s"
         time.sleep(0.01)

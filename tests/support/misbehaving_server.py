@@ -1,8 +1,8 @@
-"""A server on 127.0.0.1 that delivers files well or badly, by a word in the address, and counts.
+"""A server on 127.0.0.1 that serves files with the fault named in the URL, and records the requests.
 
     with Server({"a.bin": data}) as server:
-        server.url("a.bin", "status=404")     # the word says what goes wrong: see the methods of Handler
-        server.requests                       # path, Range and the bytes sent of each request
+        server.url("a.bin", "status=404")     # the faults are methods of Handler
+        server.requests                       # path, Range and bytes sent of each request
 """
 
 import threading
@@ -23,7 +23,8 @@ class Request:
 
 class Server:
     def __init__(self, files):
-        self.files, self.requests = files, []
+        self.files = files
+        self.requests = []
         self.stopping = threading.Event()
 
     def url(self, name, fault="good"):
@@ -31,7 +32,8 @@ class Server:
 
     def __enter__(self):
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads, self.http.book = True, self
+        self.http.daemon_threads = True
+        self.http.owner = self
         self.port = self.http.server_address[1]
         self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
@@ -62,13 +64,14 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        server = self.server.book
-        *_, fault, name = self.path.split("/")  # a proxy is asked for the whole address
+        server = self.server.owner
+        *_, fault, name = self.path.split("/")  # a proxy gets the whole URL
         word, _, argument = fault.partition("=")
         self.request_log = Request(self.path, self.headers.get("Range"))
         server.requests.append(self.request_log)
         self.number = sum(request.path == self.path for request in list(server.requests))
-        self.data, self.argument = server.files[name], argument
+        self.data = server.files[name]
+        self.argument = argument
         with suppress(BrokenPipeError, ConnectionResetError, ConnectionAbortedError):
             getattr(self, word)()
         self.close_connection = True
@@ -90,11 +93,11 @@ class Handler(BaseHTTPRequestHandler):
         stop = len(data) if stop is None else stop
         for at in range(start, stop, piece):
             chunk = data[at : min(at + piece, stop)]
-            self.request_log.sent += len(chunk)  # first, as the client may be done before write returns
+            self.request_log.sent += len(chunk)  # before the write: the client may finish before it returns
             self.wfile.write(chunk)
 
     def from_range(self, stop=None, etag='"v1"', **headers):
-        """Answer the range that is asked for, or the whole file, up to `stop` (then cut the line)."""
+        """Send the requested range, or the whole file, up to byte `stop`; then close the connection."""
         first, size = self.first_byte(), len(self.data)
         if first >= size:
             return self.start(416, 0)
@@ -107,21 +110,21 @@ class Handler(BaseHTTPRequestHandler):
         self.from_range()
 
     def drops(self):
-        """Cut the line at every tenth of the file."""
+        """Close the connection after every tenth of the file."""
         tenth = -(-len(self.data) // 10)
         self.from_range(stop=min(len(self.data), (self.first_byte() // tenth + 1) * tenth))
 
     def drops_norange(self):
-        """Cut the line in the middle, `argument` times, and never continue."""
+        """Close the connection in the middle, `argument` times, and never resume."""
         self.start(200, len(self.data))
         self.body(self.data, 0, len(self.data) // 2 if self.number <= int(self.argument) else None)
 
     def drops_weak(self):
-        """Cut the line once; an ETag that promises nothing."""
+        """Close the connection once, with a weak ETag."""
         self.from_range(stop=len(self.data) // 2 if self.number == 1 else None, etag='W/"v1"')
 
     def changes(self):
-        """Cut the line once; by the second request the file is another one, and so is its ETag."""
+        """Close the connection once; at the second request the file and its ETag are different."""
         if self.number == 1:
             return self.from_range(stop=len(self.data) // 2, etag='"v0"')
         self.from_range()
@@ -131,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
         self.body(self.data)
 
     def wrong_range(self):
-        """Answer a range with another one."""
+        """Send another range than the requested one."""
         first, size = self.first_byte(), len(self.data)
         if not first:
             return self.from_range()
@@ -171,13 +174,13 @@ class Handler(BaseHTTPRequestHandler):
         self.start(int(self.argument), 0)
 
     def retry_after(self):
-        """429 once, with the Retry-After that is asked for, then the file."""
+        """Send 429 once, with `argument` as Retry-After, then the file."""
         if self.number == 1:
             return self.start(429, 0, Retry_After=self.argument.replace("_", " "))
         self.from_range()
 
     def recovers(self):
-        """500 as many times as is asked for, then the file."""
+        """Send 500 `argument` times, then the file."""
         if self.number <= int(self.argument):
             return self.start(500, 0)
         self.from_range()
@@ -207,13 +210,13 @@ class Handler(BaseHTTPRequestHandler):
         """Send a tenth, then nothing more."""
         self.start(200, len(self.data))
         self.body(self.data, 0, len(self.data) // 10)
-        self.server.book.stopping.wait(60)
+        self.server.owner.stopping.wait(60)
 
     def trickles(self):
-        """Send a byte every 20 ms, for ever: no read ever times out."""
+        """Send one byte every 20 ms, so that no read times out."""
         self.start(200, len(self.data))
         for at in range(len(self.data)):
-            if self.server.book.stopping.wait(0.02):
+            if self.server.owner.stopping.wait(0.02):
                 return
             self.body(self.data, at, at + 1)
 
