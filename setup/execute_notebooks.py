@@ -25,8 +25,8 @@ def execute(path):
         "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    for cell in notebook.cells:
-        cell.metadata = {}  # times of execution
+    for cell in notebook.cells:  # without times of execution
+        cell.metadata = {"tags": cell.metadata.tags} if "tags" in cell.metadata else {}
     partial = path.with_suffix(".partial")
     nbformat.write(notebook, partial)
     os.replace(partial, path)
