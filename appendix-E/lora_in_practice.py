@@ -194,7 +194,8 @@ def build_parser():
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (function, *flags) in COMMANDS.items():
         text = inspect.getdoc(function)
-        sub = commands.add_parser(name, help=text.partition("\n")[0], description=text, formatter_class=HelpFormatter)
+        title = text.partition("\n")[0]
+        sub = commands.add_parser(name, help=title, description=text, formatter_class=HelpFormatter)
         sub.set_defaults(command=function)
         for names, options in flags:
             sub.add_argument(*names, **options)

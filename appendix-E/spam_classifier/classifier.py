@@ -62,7 +62,7 @@ PRINTED = LoRASettings(train_in_full=(), training=TrainingSettings(learning_rate
 
 
 def load_splits(choice, quick=False):
-    """Return `ch06.spam_splits(choice)`, {name: DataFrame}; `quick` keeps the first rows of each alone."""
+    """Return `ch06.spam_splits(choice)`, {name: DataFrame}; `quick` keeps only the first rows of each."""
     splits = spam_splits(choice)
     return {name: splits[name][:size] for name, size in QUICK_SIZES.items()} if quick else splits
 
