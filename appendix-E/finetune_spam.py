@@ -139,8 +139,8 @@ def prepare_model_and_data(choice, training, folder, device):
 
 def write_results(results, folder):
     """Write the plots and results.json into `folder` and print their paths."""
-    paths = save_plots(results, results["settings"]["training"]["epochs"], folder)
-    paths.append(folder / "results.json")
+    epochs = results["settings"]["training"]["epochs"]
+    paths = [*save_plots(results, epochs, folder), folder / "results.json"]
     paths[-1].write_text(json.dumps(results, indent=2), encoding="utf-8")
     print(f"{results['seconds']} s, of these {results['training_seconds']} s training. Written:")
     print(*(f"  {path}" for path in paths), sep="\n")

@@ -28,9 +28,7 @@ class TrainingSettings:
     fused_attention: bool = True
     gradient_accumulation_steps: int = setting(1, "batches per optimizer step")
     gradient_checkpointing: bool = setting(False, "use less memory and a third more time")
-    compile: bool = setting(
-        False, "use torch.compile: a minute of warm-up; on a CPU it needs a C++ compiler"
-    )
+    compile: bool = setting(False, "use torch.compile: a minute of warm-up; a CPU needs a C++ compiler")
     eval_batch_size: int = 64
     max_tokens: int | None = None  # computed at once; None on a CPU: 512 in training, else 1024
     progress: bool = True  # show a progress bar
