@@ -1,4 +1,4 @@
-"""Appendix E: low-rank adaptation (LoRA). Needs PyTorch alone: copy this file into your project.
+"""Appendix E: low-rank adaptation (LoRA). It needs only PyTorch: copy this file into your project.
 
     freeze(model)
     replace_linear_with_lora(model, rank=16, alpha=16)
@@ -22,7 +22,7 @@ SCALINGS = {
 
 
 def check_lora_options(rank, scaling, dropout, init):
-    """Raise ValueError, saying which values are possible, for one that is not."""
+    """Raise ValueError, naming the possible values, for an option that is not one of them."""
     if rank < 1:
         raise ValueError(f"rank must be at least 1, not {rank}")
     if scaling not in SCALINGS:
@@ -37,15 +37,18 @@ def check_lora_options(rank, scaling, dropout, init):
 class LoRALayer(nn.Module):
     """scale · (x A B): x (…, in_dim) to (…, out_dim), with A (in_dim, rank) and B (rank, out_dim).
 
-    B starts at zero, so the layer adds nothing until it is trained. Keywords, none of which changes
-    what the listing does: `scaling`, one of SCALINGS; `dropout` on x in training; `init` of A, "printed"
-    (uniform in ±1/√rank) or "paper" (±1/√in_dim, as in the paper's code); `device` and `dtype` of A, B.
+    B starts at zero, so the layer adds nothing until it is trained. By default it does what the
+    listing does; keywords change this:
+    scaling: one of SCALINGS, how `alpha` and `rank` give the scale
+    dropout: fraction of x dropped in training
+    init: of A, "printed" (uniform in ±1/√rank) or "paper" (±1/√in_dim, as in the paper's code)
+    device, dtype: of A and B
     Raises ValueError for a rank below 1 or an unknown option. Source: listing E.5.
     """
 
     def __init__(
-        self, in_dim, out_dim, rank, alpha, *, scaling="alpha",
-        dropout=0.0, init="printed", device=None, dtype=None,
+        self, in_dim, out_dim, rank, alpha, *, scaling="alpha", dropout=0.0,
+        init="printed", device=None, dtype=None,
     ):
         super().__init__()
         check_lora_options(rank, scaling, dropout, init)
@@ -68,11 +71,11 @@ class LoRALayer(nn.Module):
 
 
 class LinearWithLoRA(nn.Module):
-    """linear(x) + lora(x): the layer as it was, and a `LoRALayer` beside it on the same device.
+    """linear(x) + lora(x): the original layer and a `LoRALayer` beside it.
 
-    `options` are LoRALayer's keywords; A and B take the linear's dtype if none is given. `weight`, for
-    code that reads it instead of calling the layer, is W + scale · (A B)ᵀ, (out_features, in_features).
-    Source: listing E.6.
+    `options` are LoRALayer's keywords; A and B are on the linear's device and of its dtype unless
+    these say otherwise. `weight`, for code that reads it instead of calling the layer, is
+    W + scale · (A B)ᵀ, (out_features, in_features). Source: listing E.6.
     """
 
     def __init__(self, linear, rank, alpha, **options):
@@ -87,7 +90,7 @@ class LinearWithLoRA(nn.Module):
         return self.linear.in_features, self.linear.out_features
 
     def update(self, dtype=None):
-        """Return what LoRA adds to `linear.weight`, in its orientation, computed in `dtype` (None: A's)."""
+        """Return what LoRA adds to `linear.weight`, in its shape, computed in `dtype` (None: A's, B's)."""
         A, B = (p.to(dtype or p.dtype) for p in (self.lora.A, self.lora.B))
         return self.lora.scale * (A @ B).T
 
@@ -104,18 +107,16 @@ class LinearWithLoRA(nn.Module):
 
 
 def is_linear(path, module):
-    """What `replace_linear_with_lora` adapts by default: every Linear layer, wherever it stands."""
+    """Return whether `module` is a Linear layer, wherever it occurs in the model."""
     return isinstance(module, nn.Linear)
 
 
-def replace_linear_with_lora(
-    model, rank, alpha, *, select=is_linear, **options
-):
-    """Put a `LinearWithLoRA` in the place of every Linear layer, in place and at any depth of `model`.
+def replace_linear_with_lora(model, rank, alpha, *, select=is_linear, **options):
+    """Replace every Linear layer of `model`, at any depth and in place, by a `LinearWithLoRA`.
 
-    A layer that has LoRA already stays as it is; one that stands in two places stays one layer.
-    `select(path, module)` may narrow the choice; `options` are LoRALayer's keywords.
-    Raises ValueError, before any change, if `model` is itself a Linear or has none. Source: section E.4.
+    A layer that already has LoRA is left alone; a layer used twice is adapted once and stays shared.
+    `select(path, module)` says which layers to adapt; `options` are LoRALayer's keywords. Raises
+    ValueError, before any change, if `model` is itself a Linear or has none. Source: section E.4.
     """
     if isinstance(model, nn.Linear):
         raise ValueError(
@@ -132,9 +133,9 @@ def replace_linear_with_lora(
     if not places and not adapted:
         raise ValueError(
             f"no Linear layer to adapt in {type(model).__name__}: "
-            "take a model that has some, or a wider select"
+            "use a model that has some, or a wider select"
         )
-    layers = dict.fromkeys(linear for _, _, linear in places)  # shared: once
+    layers = dict.fromkeys(linear for _, _, linear in places)  # a shared layer once
     for linear in layers:
         layers[linear] = LinearWithLoRA(linear, rank, alpha, **options)
     for parent, name, linear in places:
@@ -142,13 +143,13 @@ def replace_linear_with_lora(
 
 
 def freeze(model):
-    """Stop training every parameter of `model` (layers put in later train as usual)."""
+    """Exclude every parameter of `model` from training; layers added later are trained as usual."""
     for param in model.parameters():
         param.requires_grad = False
 
 
 def count_parameters(model):
-    """Return (trainable, total) numbers of parameters; shared ones count once."""
+    """Return the numbers of (trainable, all) parameters; shared ones count once."""
     params = list(model.parameters())
     trainable = sum(p.numel() for p in params if p.requires_grad)
     return trainable, sum(p.numel() for p in params)

@@ -3,24 +3,25 @@
     python appendix-E/lora_in_practice.py finetune --assets embedded --output adapter
     python appendix-E/lora_in_practice.py classify --adapter adapter "See you at eight"
 
-`finetune` is what you would use in a project: it reads each message's last real token, trains the new head
-in full and lets the learning rate fall. `finetune_spam.py` runs the appendix as printed, with its padding
-and settings: it is slower and gives other accuracies. The other commands take adapters of both.
+Take `finetune` for your own work: it reads the answer at each message's last token, trains the new head
+in full and lets the learning rate decay. `finetune_spam.py` runs appendix E as printed: it pads every
+message to the longest one and reads the answer at the last position, with the book's settings, so it is
+several times slower and gives other accuracies. The other commands take the adapters of both.
 """
 
 import argparse
+import inspect
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from appendix_e import count_parameters
-from book_assets import Choice, get_tokenizer, is_quick
+from book_assets import Choice, choose_assets, get_tokenizer, is_quick
 from book_assets.downloads import DownloadError
 from ch04 import pick_device
 from ch06 import save_classifier
-from fast_path.settings import TrainingSettings, add_flags, take_flags
+from fast_path.settings import HelpFormatter, TrainingSettings, add_flags, take_flags
 from lora.adapters import load_adapter, save_adapter
 from lora.layers import apply_lora, merge_lora, print_parameters, unmerge_lora
 from lora.peft_format import export_peft, import_peft
@@ -50,9 +51,15 @@ __all__ = [
 # The commands
 
 
-def finetune_command(assets, model_size, output, **options):
-    """Fine-tune, print accuracies, save the adapter."""
-    device, size = pick_device(), assets.model_size(model_size)
+def finetune_command(model_size, output, assets=None, **options):
+    """Fine-tune on the fast path, print the accuracies, save the adapter.
+
+    Take this for your own work, and finetune_spam.py for appendix E as printed, which is several times
+    slower and, with other settings and padding, has other accuracies.
+    """
+    device = pick_device()
+    assets = assets or choose_assets("book")
+    size = assets.model_size(model_size)
     training = replace(take_flags(TrainingSettings(), options), progress=sys.stderr.isatty())
     settings = replace(take_flags(LoRASettings(), options), training=training)
     print(assets)
@@ -70,24 +77,28 @@ def finetune_command(assets, model_size, output, **options):
 
 
 def evaluate_command(adapter):
-    """Print scores with intervals on the test messages, with and without leaked ones, and the errors."""
+    """Print scores with intervals on the test messages, with and without leaked ones, and the errors.
+
+    Model and messages are those that the adapter's notes name.
+    """
     device = pick_device()
     model, _, notes = load_classifier_adapter(adapter, device)
     print(notes["assets"])
     splits = load_splits(notes["assets"], is_quick())
     encoded = encode_splits(splits, get_tokenizer(), context_length(model), notes["pad_to"])
     test, labels = encoded["test"]
-    predictions, labels = predict_classes(model, test, device).numpy(), labels.numpy()
+    labels, predictions = labels.numpy(), predict_classes(model, test, device).numpy()
     new = ~find_leaks(splits["test"], splits["train"], splits["validation"])["near"].to_numpy()
-    results = {"test messages": (labels, predictions), "not seen in training": (labels[new], predictions[new])}
-    print(interval_table(results).to_string())
+    print(interval_table({
+        "test messages": (labels, predictions), "not seen in training": (labels[new], predictions[new]),
+    }).to_string())
     print("\nrow true, column predicted:", *confusion_matrix(labels, predictions).tolist(), sep="\n")
     for row in wrong_messages(splits["test"], predictions).itertuples():
         print(f"{CLASSES[row.Label]} taken for {CLASSES[row.Prediction]}: {row.Text}")
 
 
-def classify_command(adapter, messages, json_lines):
-    """Print label and probability of each message, from the arguments or the lines of standard input."""
+def classify_command(adapter, messages=(), json_lines=False):
+    """Print the label of each message and its probability."""
     lines = messages or sys.stdin.read().splitlines()
     texts = [text for text in lines if text.strip()]
     if not texts:
@@ -102,7 +113,7 @@ def classify_command(adapter, messages, json_lines):
 
 
 def merge_command(adapter, output):
-    """Write base and adapter as one ordinary classifier of chapter 6."""
+    """Merge adapter and base model into an ordinary classifier of chapter 6, one file."""
     model, config, notes = load_classifier_adapter(adapter, pick_device())
     merge_lora(model)
     save_classifier(output, model, config, max_length=notes["pad_to"] or context_length(model))
@@ -115,20 +126,15 @@ def export_command(adapter, output):
     print(f"{export_peft(model, output)}: read it with peft.PeftModel.from_pretrained")
 
 
-def compare_command(assets, model_size, seeds, epochs, methods, learning_rates, output):
-    """Train every method with every seed (resuming the file of an earlier call) and print the table."""
+def compare_command(model_size, seeds, epochs, output, assets=None, methods=(), learning_rates=()):
+    """Train every method with every seed, except the runs that the file has already; print the table."""
+    assets = assets or choose_assets("book")
     print(assets)
     chosen = [m for m in METHODS if not methods or any(word in m.title for word in methods)]
     if not chosen:
         raise ValueError(f"--methods: no title contains {methods}; there are {[m.title for m in METHODS]}")
     if learning_rates:
-        chosen = [
-            replace(
-                m, title=f"{m.title}, learning rate {rate:g}",
-                settings=m.settings.with_training(learning_rate=rate),
-            )
-            for m in chosen for rate in learning_rates
-        ]
+        chosen = [with_learning_rate(method, rate) for method in chosen for rate in learning_rates]
     runs = compare(
         assets, output, chosen, tuple(seeds), model_size, epochs, quick=is_quick(),
         report=lambda line: print(line, flush=True),
@@ -136,75 +142,66 @@ def compare_command(assets, model_size, seeds, epochs, methods, learning_rates, 
     print(summary(runs).to_string())
 
 
+def with_learning_rate(method, rate):
+    """Return `method` with another learning rate, which its title says."""
+    settings = method.settings.with_training(learning_rate=rate)
+    return replace(method, title=f"{method.title}, learning rate {rate:g}", settings=settings)
+
+
 # The command line
 
 
+def flag(*names, **options):
+    """Return what argparse's `add_argument` takes; without a default, the command's own is kept."""
+    return names, {"default": argparse.SUPPRESS, **options}
+
+
+def output_flag(default):
+    return flag("--output", type=Path, default=Path(default), help="file or folder to write")
+
+
+ADAPTER = flag("--adapter", type=Path, default=Path("adapter"), help="folder that a fine-tuning wrote")
+ASSETS = flag(
+    "--assets", type=Choice.parse, metavar="WHICH",
+    help="book, embedded, or for example model=embedded,data=book (default: LLM_ASSETS, else book)",
+)
+MODEL_SIZE = flag(
+    "--model-size", choices=("124M", "355M", "774M", "1558M"), default="124M",
+    help="which of OpenAI's models, if the assets say model=book",
+)
+COMMANDS = {  # name: its function and flags
+    "finetune": (finetune_command, ASSETS, MODEL_SIZE, output_flag("adapter")),
+    "evaluate": (evaluate_command, ADAPTER),
+    "classify": (
+        classify_command, ADAPTER,
+        flag("--json", action="store_true", dest="json_lines", help="print one line of JSON per message"),
+        flag("messages", nargs="*", help="without any, each line of standard input is one"),
+    ),
+    "merge": (merge_command, ADAPTER, output_flag("classifier.pth")),
+    "export-peft": (export_command, ADAPTER, output_flag("adapter-peft")),
+    "compare": (
+        compare_command, ASSETS, MODEL_SIZE, output_flag("results/compare.jsonl"),
+        flag("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run per method and seed"),
+        flag("--epochs", type=int, default=5, help="passes over the training messages"),
+        flag("--methods", nargs="+", help="only those with one of these words in their title"),
+        flag("--learning-rates", type=float, nargs="+", help="train each method with each of these"),
+    ),
+}
+
+
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    defaults = LoRASettings()
-
-    sub = add_command(commands, "finetune", finetune_command)
-    add_assets(sub)
-    add_flags(sub, defaults)
-    add_flags(sub, defaults.training)
-    sub.add_argument("--output", type=Path, default=Path("adapter"), help="folder of the adapter")
-
-    sub = add_command(commands, "evaluate", evaluate_command)
-    add_adapter(sub)
-
-    sub = add_command(commands, "classify", classify_command)
-    add_adapter(sub)
-    sub.add_argument(
-        "--json", action="store_true", dest="json_lines", help="print one line of JSON per message"
-    )
-    sub.add_argument("messages", nargs="*", default=[], help="without any, standard input is read")
-
-    sub = add_command(commands, "merge", merge_command)
-    add_adapter(sub)
-    sub.add_argument("--output", type=Path, default=Path("classifier.pth"), help="file to write")
-
-    sub = add_command(commands, "export-peft", export_command)
-    add_adapter(sub)
-    sub.add_argument("--output", type=Path, default=Path("adapter-peft"), help="folder to write")
-
-    sub = add_command(commands, "compare", compare_command)
-    add_assets(sub)
-    sub.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run per method and seed")
-    sub.add_argument("--epochs", type=int, default=5, help="times through the training messages")
-    sub.add_argument("--methods", nargs="+", help="only those with one of these words in their title")
-    sub.add_argument(
-        "--learning-rates", type=float, nargs="+",
-        help="try each method with each of these, to choose by validation accuracy",
-    )
-    sub.add_argument("--output", type=Path, default=Path("results/compare.jsonl"), help="file of runs")
+    for name, (function, *flags) in COMMANDS.items():
+        text = inspect.getdoc(function)
+        title = text.partition("\n")[0]
+        sub = commands.add_parser(name, help=title, description=text, formatter_class=HelpFormatter)
+        sub.set_defaults(command=function)
+        for names, options in flags:
+            sub.add_argument(*names, **options)
+    add_flags(commands.choices["finetune"], LoRASettings())
+    add_flags(commands.choices["finetune"], TrainingSettings())
     return parser
-
-
-def add_command(commands, name, function):
-    sub = commands.add_parser(
-        name, help=function.__doc__, description=function.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    sub.set_defaults(command=function)
-    return sub
-
-
-def add_assets(sub):
-    sub.add_argument(
-        "--assets", type=Choice.parse, default=os.environ.get("LLM_ASSETS") or "book", metavar="WHICH",
-        help="book, embedded, or the two apart: model=embedded,data=book",
-    )
-    sub.add_argument(
-        "--model-size", choices=("124M", "355M", "774M", "1558M"), default="124M",
-        help="which of OpenAI's models, where assets say model=book",
-    )
-
-
-def add_adapter(sub):
-    sub.add_argument("--adapter", type=Path, default=Path("adapter"), help="folder that a fine-tuning wrote")
 
 
 def main(arguments=None):

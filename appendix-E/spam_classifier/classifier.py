@@ -1,11 +1,11 @@
-"""Chapter 6's spam classifier, fine-tuned with LoRA on the fast path: data, model, training, answers.
+"""Chapter 6's spam classifier, fine-tuned with LoRA on the fast path: data, model, training, predictions.
 
-An adapter of this classifier notes which GPT-2 it adapts, where its messages come from, its settings,
-and `pad_to`: the number of tokens to which chapter 6's loop padded every message, or None for one that
-is read at each message's last token.
+The notes of its adapters say which GPT-2 they adapt, which messages they were trained on, with which
+settings, and `pad_to`: the number of tokens to which chapter 6's loop pads every message, or None for
+a classifier that reads the answer at each message's last token.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -28,26 +28,26 @@ QUICK_SIZES = dict(zip(SPLITS, (64, 32, 64), strict=True))
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """What `apply_lora` puts into the classifier, and how that is trained."""
+    """What `apply_lora` puts into the classifier, and how it is trained."""
 
     rank: int = setting(16, "columns of A, rows of B")
-    alpha: float = setting(16.0, "weight of the LoRA branch, see --scaling")
-    scaling: str = setting("alpha", "the factor of x A B", choices=SCALINGS)
+    alpha: float = setting(16.0, "scale of the LoRA branch, see --scaling")
+    scaling: str = setting("alpha", "factor by which x A B is multiplied", choices=SCALINGS)
     targets: tuple = setting(
         ("all",), "layers that get LoRA: all, roles (query, value, mlp …) or name patterns", nargs="+"
     )
     train_in_full: tuple = setting(
-        ("head",), "modules to train themselves instead, by role or pattern; nothing: none", nargs="*"
+        ("head",), "modules trained in full instead, by role or pattern (PEFT: modules_to_save)", nargs="*"
     )
     dropout: float = setting(0.0, "fraction of the LoRA branch's inputs dropped in training")
-    training: TrainingSettings = TrainingSettings()
+    training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def with_training(self, **changes):
-        """Return these settings with some of the training's changed."""
+        """Return a copy with some of the `TrainingSettings` changed."""
         return replace(self, training=replace(self.training, **changes))
 
     def adapt(self, model):
-        """Put the LoRA layers of these settings into `model`, in place, and return it."""
+        """Put LoRA layers with these settings into `model`, in place, and return it."""
         torch.manual_seed(self.training.seed)
         return apply_lora(
             model, self.rank, self.alpha, self.targets, self.scaling, self.dropout,
@@ -62,15 +62,15 @@ PRINTED = LoRASettings(train_in_full=(), training=TrainingSettings(learning_rate
 
 
 def load_splits(choice, quick=False):
-    """Return `ch06.spam_splits` of `choice`; `quick` keeps the first few rows of each."""
+    """Return `ch06.spam_splits(choice)`, {name: DataFrame}; `quick` keeps only the first rows of each."""
     splits = spam_splits(choice)
     return {name: splits[name][:size] for name, size in QUICK_SIZES.items()} if quick else splits
 
 
 def encode_messages(texts, tokenizer, max_tokens, pad_to=None):
-    """Return a list of token ids, an int32 array (T,) per text, cut to `max_tokens`.
+    """Return the token ids of each text, a list of int32 arrays (T,), with T at most `max_tokens`.
 
-    With `pad_to` every array has that many. Raises ValueError, with its number, for an empty text.
+    With `pad_to`, T is `pad_to` for every text. Raises ValueError, with its index, for an empty text.
     """
     encoded = []
     for number, text in enumerate(texts):
@@ -83,7 +83,7 @@ def encode_messages(texts, tokenizer, max_tokens, pad_to=None):
 
 
 def encode_splits(splits, tokenizer, max_tokens, pad_to=None):
-    """Return {name: (`encode_messages` of the texts, labels (N,) int64)} of {name: DataFrame}."""
+    """Return {name: (`encode_messages` of Text, labels (N,) int64)} of `splits`, {name: DataFrame}."""
     return {
         name: (
             encode_messages(list(split["Text"]), tokenizer, max_tokens, pad_to),
@@ -99,9 +99,9 @@ def encode_splits(splits, tokenizer, max_tokens, pad_to=None):
 def build_classifier(size, seed=123, pretrained=True):
     """Return (GPTModel with pretrained weights and a new two-class head, its configuration).
 
-    `size` is as in `ch05.load_gpt2_model`. The head is drawn with `seed`: an adapter that does not hold
-    the head needs the same one again. Without `pretrained` the weights are those that GPT-2's
-    pretraining begins with, drawn with `seed`.
+    `size` is that of `ch05.load_gpt2_model`. The head is drawn with `seed`: an adapter that does not
+    contain the head needs the same one again. Without `pretrained` all weights are drawn with `seed`,
+    as at the start of GPT-2's pretraining.
     """
     if pretrained:
         model, config = load_gpt2_model(size)
@@ -115,17 +115,18 @@ def build_classifier(size, seed=123, pretrained=True):
 
 
 def context_length(model):
+    """Return how many tokens `model` can read at once."""
     return model.pos_emb.num_embeddings
 
 
-# Training and answers
+# Training and predictions
 
 
 def finetune(model, encoded, settings, device):
-    """Train what requires a gradient on encoded["train"]; return the fast path's `History`.
+    """Train the parameters that require a gradient on encoded["train"]; return `fit`'s `History`.
 
-    `encoded` comes from `encode_splits`, `settings` is a `TrainingSettings`; encoded["validation"], if
-    there, is classified after every epoch. Leaves the model on `device` in eval mode and float32.
+    `encoded` comes from `encode_splits`, `settings` are `TrainingSettings`; encoded["validation"], if
+    present, is classified after every epoch. Leaves the model on `device`, in eval mode and float32.
     """
     prepare(model, settings, device)
     history = fit(model, encoded["train"], settings, device, encoded.get("validation"))
@@ -134,19 +135,20 @@ def finetune(model, encoded, settings, device):
 
 
 def predict_classes(model, encoded, device):
-    """Return the predicted classes (N,) of encoded messages, on the CPU."""
+    """Return the predicted classes (N,), int64 on the CPU, of messages from `encode_messages`."""
     return predict(model, encoded, device).argmax(dim=1)
 
 
 def accuracies(model, encoded, device):
-    """Return {name of the split: fraction of right answers, 0 to 1} of encoded splits."""
+    """Return {name: accuracy, 0 to 1} of the splits from `encode_splits`."""
     return {name: accuracy(model, *split, device) for name, split in encoded.items()}
 
 
 def classify(model, texts, tokenizer, device, pad_to=None):
-    """Return [{"text", "label", "probability"}]: for each text the likelier class and its probability.
+    """Return one {"text", "label", "probability"} per text: its likelier class and that one's probability.
 
-    Texts beyond the context are cut. `pad_to` is the adapter's note. Raises ValueError for an empty text.
+    Texts are cut to the model's context; `pad_to` is that of the adapter's notes. Raises ValueError for
+    an empty text.
     """
     encoded = encode_messages(texts, tokenizer, context_length(model), pad_to)
     best = predict(model, encoded, device).softmax(dim=1).max(dim=1)
@@ -156,28 +158,26 @@ def classify(model, texts, tokenizer, device, pad_to=None):
     ]
 
 
-# Adapters that know their base model
+# Adapters whose notes name their base model
 
 
 def save_classifier_adapter(model, folder, size, choice, settings, pad_to=None):
-    """Return the folder that `save_adapter` wrote, with notes of model, data, `LoRASettings` and `pad_to`."""
-    notes = {
-        "model_size": size, "assets": asdict(choice), "pad_to": pad_to, "settings": asdict(settings),
-    }
+    """Save the adapter with notes of model, data, `LoRASettings` and `pad_to`; return its folder."""
+    notes = {"model_size": size, "assets": asdict(choice), "pad_to": pad_to, "settings": asdict(settings)}
     return save_adapter(model, folder, notes)
 
 
 def load_classifier_adapter(folder, device):
-    """Return (model, configuration, notes) for an adapter of `save_classifier_adapter`.
+    """Return (model, configuration, notes) of an adapter from `save_classifier_adapter`.
 
-    The model is on `device`, in float32 and in eval mode; notes["assets"] is a `Choice`. Raises as
-    `load_adapter`; ValueError for an adapter of another model, which names no GPT-2.
+    The model is on `device`, in float32 and in eval mode; notes["assets"] is a `Choice`. Raises
+    ValueError for an adapter whose notes name no GPT-2, and what `load_adapter` raises.
     """
     notes = {"pad_to": None} | read_adapter(folder).notes
     if "model_size" not in notes:
         raise ValueError(f"{folder} does not say which GPT-2 it adapts: use load_adapter")
     settings = notes["settings"]
-    seed = settings.get("training", settings)["seed"]  # adapters of version 1.0 have one level
+    seed = settings.get("training", settings)["seed"]  # version 1.0 wrote one level
     model, config = build_classifier(notes["model_size"], seed)
     load_adapter(model, folder)
     restore(prepare(model, TrainingSettings(precision="float32"), device))

@@ -101,13 +101,13 @@ def test_dropout_acts_on_the_input_in_training_only():
     "options",
     [{"rank": 0}, {"rank": -1}, {"scaling": "rank"}, {"init": "xavier"}, {"dropout": 1.0}, {"dropout": -0.1}],
 )
-def test_what_the_layer_cannot_be_is_a_clear_error(options):
+def test_impossible_options_are_clear_errors(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         LoRALayer(3, 3, **{"rank": 2, "alpha": 2} | options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_a_and_b_are_where_and_what_the_linear_layer_is(dtype):
+def test_a_and_b_have_the_linear_layers_device_and_dtype(dtype):
     layer = LinearWithLoRA(nn.Linear(4, 4, dtype=dtype), rank=2, alpha=2)
     assert layer.lora.A.dtype == layer.lora.B.dtype == dtype
     assert LinearWithLoRA(nn.Linear(4, 4, device="meta"), 2, 2).lora.A.device.type == "meta"
@@ -125,6 +125,14 @@ def test_weight_read_directly_is_the_one_that_the_layer_applies(bias):
     train_b(layer)
     x = torch.randn(5, 6)
     torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), layer(x))
+
+
+def test_update_is_what_lora_adds_to_the_weight_in_the_precision_asked_for():
+    layer = LinearWithLoRA(nn.Linear(6, 4, dtype=torch.bfloat16), rank=2, alpha=3)
+    train_b(layer)
+    A, B = layer.lora.A.double(), layer.lora.B.double()
+    assert layer.sizes() == (6, 4) and layer.update().dtype == torch.bfloat16
+    torch.testing.assert_close(layer.update(torch.float64), 3 * (A @ B).T)
 
 
 # Replacing
@@ -220,7 +228,7 @@ def test_a_model_without_linear_layers_and_a_linear_itself_are_clear_errors():
         replace_linear_with_lora(nn.Linear(3, 3), 2, 2)
 
 
-def test_a_rank_that_cannot_be_leaves_the_model_as_it_was(model):
+def test_an_impossible_rank_leaves_the_model_unchanged(model):
     before = str(model)
     with pytest.raises(ValueError, match="rank must be at least 1"):
         replace_linear_with_lora(model, rank=0, alpha=2)
@@ -310,7 +318,7 @@ def test_outputs_and_gradients_equal_pefts_for_the_same_a_b_and_scale(model, tok
 
 FOREIGN = """
 import os, sys
-sys.path = [os.getcwd()] + [path for path in sys.path if path not in sys.argv[1:]]  # not our rooms
+sys.path = [os.getcwd()] + [path for path in sys.path if path not in sys.argv[1:]]  # without our folders
 import appendix_e, torch
 assert os.path.dirname(os.path.abspath(appendix_e.__file__)) == os.getcwd()
 
@@ -337,9 +345,9 @@ print([name for name, param in model.named_parameters() if param.grad is not Non
 def test_the_file_alone_in_an_empty_folder_adapts_a_foreign_model(tmp_path):
     shutil.copy(REPOSITORY / "appendix-E" / "appendix_e.py", tmp_path)
     (tmp_path / "foreign.py").write_text(FOREIGN, encoding="utf-8")
-    rooms = [str(REPOSITORY / room) for room in ("ch04", "ch05", "ch06", "appendix-E", "setup")]
+    folders = [str(REPOSITORY / name) for name in ("ch04", "ch05", "ch06", "appendix-E", "setup")]
     result = subprocess.run(
-        [sys.executable, "-I", "foreign.py", *rooms],
+        [sys.executable, "-I", "foreign.py", *folders],
         cwd=tmp_path, capture_output=True, text=True, encoding="utf-8",
     )
     assert result.returncode == 0, result.stderr

@@ -1,23 +1,27 @@
-"""The printed listings E.1 to E.7 run as they stand, with stand-ins for what cannot be downloaded here."""
+"""The printed listings E.1 to E.7 run as they are, with stand-ins for what cannot be downloaded here."""
 
 import ast
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
+import appendix_e
+import listings
 from book_assets.table import REPOSITORY
 
 LISTINGS = REPOSITORY / "appendix-E" / "listings.py"
-TIKTOKEN_NAMES = {  # tiktoken's cache calls the two files by these names
+TIKTOKEN_NAMES = {  # of the two files in tiktoken's cache
     "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
     "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
 }
-# Runs the listings' file, unchanged, on random weights of GPT-2 small's width with `layers` blocks and on
-# `messages` short messages of each kind (0: all of the data).
+# Runs listings.py, unchanged, with random weights of GPT-2 small's width with `layers` blocks and on
+# `messages` short messages of each kind (0: all messages).
 STAND_INS = """
 import runpy, sys
 import numpy as np
@@ -120,21 +124,20 @@ def test_the_listings_run_unchanged_on_all_messages(folder):
     assert at_first == with_lora
 
 
+def test_importing_the_listings_neither_downloads_nor_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    defined = runpy.run_path(str(LISTINGS), run_name="listings")
+    assert {"LoRALayer", "LinearWithLoRA", "replace_linear_with_lora"} <= defined.keys()
+    assert not {"url", "df", "train_loader", "model", "optimizer"} & defined.keys()
+    assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
+
+
 def test_the_listings_classes_are_the_modules_without_its_options():
-    import torch
-
-    import appendix_e
-
-    names = ("LoRALayer", "LinearWithLoRA", "replace_linear_with_lora")
-    tree = ast.parse(LISTINGS.read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body if getattr(node, "name", None) in names]
-    printed = {"torch": torch, "math": __import__("math")}
-    exec(compile(tree, str(LISTINGS), "exec"), printed)
     models = []
-    for source in (printed, vars(appendix_e)):
+    for source in (listings, appendix_e):
         torch.manual_seed(123)
         model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Sequential(torch.nn.Linear(8, 3)))
-        source["replace_linear_with_lora"](model, 2, 4)
+        source.replace_linear_with_lora(model, 2, 4)
         torch.nn.init.ones_(model[0].lora.B)
         models.append(model)
     x = torch.randn(5, 6)
@@ -143,18 +146,45 @@ def test_the_listings_classes_are_the_modules_without_its_options():
     assert models[0].state_dict().keys() == models[1].state_dict().keys()
 
 
-def test_the_listings_hold_the_printed_calls():
-    source = LISTINGS.read_text(encoding="utf-8")
-    for printed in (
-        "from ch06 import (", 'zip_path = "sms_spam_collection.zip"',
-        'extracted_path = "sms_spam_collection"',
-        "download_and_unzip_spam_data(url, zip_path, extracted_path, data_file_path)",
-        "random_split(balanced_df, 0.7, 0.1)",
-        'SpamDataset("train.csv", max_length=None, tokenizer=tokenizer)',
-        'tiktoken.get_encoding("gpt2")', 'CHOOSE_MODEL = "gpt2-small (124M)"',
-        "from chapter04 import GPTModel",
-        "torch.nn.Linear(in_features=768, out_features=num_classes)", "rank=16, alpha=16",
-        "lr=5e-5, weight_decay=0.1", "num_epochs=num_epochs, eval_freq=50, eval_iter=5",
-        "tokenizer=tokenizer\n",
-    ):
-        assert printed in source, printed
+PRINTED = """
+from ch06 import (download_and_unzip_spam_data, create_balanced_dataset, random_split)
+zip_path = "sms_spam_collection.zip"
+extracted_path = "sms_spam_collection"
+data_file_path = Path(extracted_path) / "SMSSpamCollection.tsv"
+download_and_unzip_spam_data(url, zip_path, extracted_path, data_file_path)
+df = pd.read_csv(data_file_path, sep="\\t", header=None, names=["Label", "Text"])
+train_df, validation_df, test_df = random_split(balanced_df, 0.7, 0.1)
+from chapter06 import SpamDataset
+tokenizer = tiktoken.get_encoding("gpt2")
+train_dataset = SpamDataset("train.csv", max_length=None, tokenizer=tokenizer)
+from gpt_download import download_and_load_gpt2
+from chapter04 import GPTModel
+from chapter05 import load_weights_into_gpt
+CHOOSE_MODEL = "gpt2-small (124M)"
+settings, params = download_and_load_gpt2(model_size=model_size, models_dir="gpt2")
+model = GPTModel(BASE_CONFIG)
+load_weights_into_gpt(model, params)
+from chapter04 import generate_text_simple
+from chapter05 import text_to_token_ids, token_ids_to_text
+model.out_head = torch.nn.Linear(in_features=768, out_features=num_classes)
+from chapter06 import calc_accuracy_loader
+train_accuracy = calc_accuracy_loader(train_loader, model, device, num_batches=10)
+replace_linear_with_lora(model, rank=16, alpha=16)
+from chapter06 import train_classifier_simple
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.1)
+train_losses, val_losses, train_accs, val_accs, examples_seen = train_classifier_simple(
+    model, train_loader, val_loader, optimizer, device,
+    num_epochs=num_epochs, eval_freq=50, eval_iter=5, tokenizer=tokenizer,
+)
+from chapter06 import plot_values
+plot_values(epochs_tensor, examples_seen_tensor, train_losses, val_losses, label="loss")
+train_accuracy = calc_accuracy_loader(train_loader, model, device)
+"""
+
+
+def test_the_listings_contain_the_printed_statements_in_the_printed_order():
+    tree = ast.parse(LISTINGS.read_text(encoding="utf-8"))
+    by_line = sorted((n for n in ast.walk(tree) if isinstance(n, ast.stmt)), key=lambda n: n.lineno)
+    typed = iter([ast.dump(node) for node in by_line])
+    for statement in ast.parse(PRINTED).body:
+        assert ast.dump(statement) in typed, ast.unparse(statement)

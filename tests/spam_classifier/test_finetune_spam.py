@@ -8,17 +8,9 @@ import torch
 
 import ch06
 import finetune_spam
+import lora_in_practice
 from book_assets import Choice
-from ch04 import GPTModel
-from spam_classifier import classifier
-
-
-@pytest.fixture
-def few_messages(monkeypatch, tiny_config):
-    """The main job on 60 of the embedded messages and a random model: seconds instead of a minute."""
-    load = ch06.load_messages
-    monkeypatch.setattr(ch06, "load_messages", lambda choice: load(choice).groupby("Label").head(30))
-    monkeypatch.setattr(finetune_spam, "load_gpt2_model", lambda size: (GPTModel(tiny_config), tiny_config))
+from spam_classifier.classifier import classify, load_classifier_adapter
 
 
 def run_main(folder, *options):
@@ -26,10 +18,8 @@ def run_main(folder, *options):
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
-def test_the_main_job_reports_accuracies_and_writes_only_into_its_folder(
-    few_messages, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("stand_ins")
+def test_the_main_job_reports_accuracies_and_writes_only_into_its_folder(tmp_path, capsys):
     results = run_main(tmp_path / "new" / "results", "--rank", "4", "--scaling", "alpha/rank")
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
         "accuracy.png", "lora.json", "lora.safetensors", "loss.png", "results.json", "test.csv", "train.csv",
@@ -41,22 +31,23 @@ def test_the_main_job_reports_accuracies_and_writes_only_into_its_folder(
         assert name in printed
     assert results["settings"]["rank"] == 4 and results["settings"]["scaling"] == "alpha/rank"
     assert set(results["accuracy_after"]) == {"train", "validation", "test"}
-    assert all(0 <= share <= 1 for share in results["accuracy_after"].values())
+    assert all(0 <= value <= 1 for value in results["accuracy_after"].values())
     assert results["seconds"] >= results["training_seconds"] > 0
     assert results["machine"]["torch"] == torch.__version__
     assert len(results["train_accs"]) == 2
+    assert not results["settings"]["training"]["decay"]  # what listing E.7 does, not what the fast path can
 
 
-def test_the_main_job_with_the_same_seed_gives_the_same_figures(few_messages, tmp_path):
-    torch.manual_seed(1)
+@pytest.mark.usefixtures("stand_ins")
+def test_the_main_job_with_the_same_seed_gives_the_same_numbers(tmp_path):
     first = run_main(tmp_path / "a", "--seed", "7")
-    torch.manual_seed(1)  # the random model's
+    torch.manual_seed(1)
     second = run_main(tmp_path / "b", "--seed", "7")
     for key in ("train_losses", "val_losses", "accuracy_before", "accuracy_after"):
         assert first[key] == second[key]
 
 
-def test_messages_longer_than_the_context_are_cut_to_it(few_messages, tmp_path):
+def test_messages_longer_than_the_context_are_cut_to_it(tmp_path):
     splits = ch06.spam_splits(Choice.parse("embedded"))
     datasets = finetune_spam.prepare_datasets(splits, 12, tmp_path)
     assert {dataset.max_length for dataset in datasets.values()} == {12}
@@ -75,15 +66,17 @@ def test_unknown_assets_end_with_a_message_and_not_a_traceback(capsys):
     assert re.search(r"--assets: .*nonsense", capsys.readouterr().err)
 
 
-def test_the_adapter_answers_as_the_printed_classifier_does(few_messages, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(classifier, "load_gpt2_model", finetune_spam.load_gpt2_model)
-    torch.manual_seed(1)  # the random model's
-    run_main(tmp_path, "--learning-rate", "0.01")
-    torch.manual_seed(1)
-    model, _, notes = classifier.load_classifier_adapter(tmp_path, torch.device("cpu"))
+@pytest.mark.usefixtures("stand_ins")
+def test_the_adapter_answers_as_the_printed_classifier_does(tmp_path, tokenizer, capsys):
+    results = run_main(tmp_path, "--learning-rate", "0.01")
+    model, _, notes = load_classifier_adapter(tmp_path, torch.device("cpu"))
     width = ch06.SpamDataset(tmp_path / "train.csv", tokenizer).max_length
-    assert notes["pad_to"] == min(width, 64) and notes["assets"] == Choice("embedded", "embedded")
+    assert notes["pad_to"] == width and notes["assets"] == Choice("embedded", "embedded")
     texts = ["You won a prize, call now", "See you at eight", "Are you coming home?"]
-    answers = classifier.classify(model, texts, tokenizer, torch.device("cpu"), notes["pad_to"])
+    answers = classify(model, texts, tokenizer, torch.device("cpu"), notes["pad_to"])
     expected = [ch06.classify_review(text, model, tokenizer, "cpu", notes["pad_to"]) for text in texts]
     assert [answer["label"] for answer in answers] == expected
+    capsys.readouterr()
+    lora_in_practice.main(["evaluate", "--adapter", str(tmp_path)])
+    accuracy = 100 * results["accuracy_after"]["test"]
+    assert re.search(rf"^test messages +8 +{accuracy:.1f} % ", capsys.readouterr().out, re.MULTILINE)

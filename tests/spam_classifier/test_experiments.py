@@ -1,0 +1,70 @@
+"""The comparison: what each method trains, resuming, peak memory, the two plots."""
+
+import pandas as pd
+import pytest
+import torch
+
+from appendix_e import count_parameters
+from book_assets import Choice
+from spam_classifier.classifier import build_classifier
+from spam_classifier.experiments import (
+    METHODS,
+    choose_parameters,
+    compare,
+    peak_of_allocations,
+    read_runs,
+    summary,
+)
+from topics.what_lora_buys import plot_confusion, plot_costs, plot_ranks
+
+CPU = torch.device("cpu")
+EMBEDDED = Choice("embedded", "embedded")
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_each_method_trains_what_it_says():
+    counts = {}
+    for method in METHODS:
+        model, _ = build_classifier("tiny")
+        choose_parameters(model, method)
+        counts[method.title] = count_parameters(model)[0]
+    head, model = 16 * 2 + 2, build_classifier("tiny")[0]
+    total = count_parameters(model)[1]
+    ranks = [counts[f"LoRA, all layers, rank {rank}"] - head for rank in (1, 2, 4, 8, 16, 32)]
+    assert ranks == [ranks[0] * rank for rank in (1, 2, 4, 8, 16, 32)]
+    assert ranks[0] == 2 * (4 * (16 + 16) + 2 * (16 + 64))
+    assert counts["last layer"] == head and counts["all weights"] == total
+    assert head < counts["last block"] < total
+    assert counts["LoRA, query and value, rank 16"] == 2 * 2 * 16 * 32 + head
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_comparison_is_resumed_not_repeated(tmp_path, bf16_processor):
+    file, lines = tmp_path / "results" / "runs.jsonl", []
+    methods = METHODS[1:3]
+    first = compare(EMBEDDED, file, methods[:1], (1,), epochs=1, device=CPU, report=lines.append)
+    both = compare(EMBEDDED, file, methods, (1, 2), epochs=1, device=CPU, report=lines.append)
+    again = compare(EMBEDDED, file, methods, (1, 2), epochs=1, device=CPU, report=lines.append)
+    assert len(first) == 1 and len(both) == len(lines) == len(read_runs(file)) == 4
+    pd.testing.assert_frame_equal(both, again)
+    assert first["test"][0] == both["test"][0]
+    table = summary(both)
+    assert table.index.tolist() == [method.title for method in methods]
+    embedding_bytes = (2 if bf16_processor else 4) * 50257 * 16
+    assert "±" in table["test"].iloc[0] and (both["step_memory_bytes"] > embedding_bytes).all()
+    assert plot_ranks(both).axes and plot_costs(both).axes
+
+
+def test_the_peak_counts_what_is_in_memory_at_once():
+    def work():
+        a = torch.ones(1000, 250)
+        del a
+        b, c = torch.ones(1000, 250), torch.ones(500, 250)
+        return b.sum() + c.sum()
+
+    assert 1.5e6 <= peak_of_allocations(work) < 1.6e6
+
+
+def test_the_confusion_plot_shows_the_four_counts():
+    figure = plot_confusion([0, 0, 1, 1, 1], [0, 1, 1, 1, 0])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1", "1", "1", "2"]
