@@ -1,7 +1,7 @@
 """Fine-tune the spam classifier with LoRA exactly as appendix E prints it: its loop, settings and plots.
 
     python appendix-E/finetune_spam.py --assets embedded --output-dir results
-    python appendix-E/lora_in_practice.py classify --adapter results "See you at eight"
+    python appendix-E/lora_in_practice.py classify --adapter results "Are we still on for dinner?"
 
 Take this command to follow the book and compare your numbers with its numbers. For your own work take
 `lora_in_practice.py finetune`, which is several times faster. The accuracies differ because the printed
@@ -170,7 +170,8 @@ def run_main_job(choice, settings, folder):
         "seconds": round(time.perf_counter() - start, 1), "machine": describe_machine(device),
     }
     write_results(results, folder)
-    print(f'Try it: python appendix-E/lora_in_practice.py classify --adapter "{folder}" "See you at eight"')
+    command = "python appendix-E/lora_in_practice.py classify"
+    print(f'Try it: {command} --adapter "{folder}" "Are we still on for dinner?"')
 
 
 def parse_arguments(arguments=None):

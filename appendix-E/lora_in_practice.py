@@ -1,7 +1,7 @@
 """LoRA in practice: fine-tune, evaluate, classify, merge, export, compare.
 
     python appendix-E/lora_in_practice.py finetune --assets embedded --output adapter
-    python appendix-E/lora_in_practice.py classify --adapter adapter "See you at eight"
+    python appendix-E/lora_in_practice.py classify --adapter adapter "Are we still on for dinner?"
 
 Take `finetune` for your own work: it reads the answer at each message's last token, trains the new head
 in full and lets the learning rate decay. `finetune_spam.py` runs appendix E as printed: it pads every

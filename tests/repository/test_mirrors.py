@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -28,8 +29,8 @@ NOTEBOOK_ONLY = {
 }
 
 BOOK_NAMES = {
-    "ch04/ch04": """GPT_CONFIG_124M DummyGPTModel DummyTransformerBlock DummyLayerNorm LayerNorm GELU FeedForward
-        MultiHeadAttention TransformerBlock GPTModel ExampleDeepNeuralNetwork print_gradients
+    "ch04/ch04": """GPT_CONFIG_124M DummyGPTModel DummyTransformerBlock DummyLayerNorm LayerNorm GELU
+        FeedForward MultiHeadAttention TransformerBlock GPTModel ExampleDeepNeuralNetwork print_gradients
         generate_text_simple""",
     "ch05/ch05": """GPTDatasetV1 create_dataloader_v1 text_to_token_ids token_ids_to_text calc_loss_batch
         calc_loss_loader train_model_simple evaluate_model generate_and_print_sample plot_losses generate
@@ -80,12 +81,10 @@ def test_what_is_in_both_is_the_same_text(notebook):
 
 
 def test_what_only_notebooks_define_is_allowed_with_a_reason():
-    alone = {
-        name
-        for notebook in MIRRORS
-        for name in definitions(notebook_source(notebook)).keys() - definitions(module_source(notebook)).keys()
-        if not name.isupper()
-    }
+    alone = set()
+    for notebook in MIRRORS:
+        ours, theirs = definitions(module_source(notebook)), definitions(notebook_source(notebook))
+        alone |= {name for name in theirs.keys() - ours.keys() if not name.isupper()}
     assert alone == NOTEBOOK_ONLY.keys()
     assert all(len(reason.split()) > 2 for reason in NOTEBOOK_ONLY.values())
 
@@ -100,7 +99,7 @@ def test_every_printed_name_is_defined_in_the_notebook_and_in_the_module(noteboo
 def test_an_abridged_cell_says_what_the_module_adds():
     for notebook, modules in MIRRORS.items():
         found = all_cells(REPOSITORY / f"{notebook}.ipynb")
-        for cell, following in zip(found, found[1:]):
+        for cell, following in pairwise(found):
             if ABRIDGED in cell["metadata"].get("tags", []):
                 names = [module.rpartition("/")[2] for module in modules]
                 assert following["cell_type"] == "markdown"
