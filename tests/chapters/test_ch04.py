@@ -52,12 +52,6 @@ def gpt2_small():
     return model.eval(), logits
 
 
-@pytest.fixture
-def tiny_gpt(tiny_config):
-    torch.manual_seed(0)
-    return GPTModel(tiny_config).eval()
-
-
 # The book's numbers
 
 

@@ -60,12 +60,6 @@ def verdict_loaders(verdict):
 
 
 @pytest.fixture
-def tiny_gpt(tiny_config):
-    torch.manual_seed(0)
-    return GPTModel(tiny_config).eval()
-
-
-@pytest.fixture
 def tiny_loader():
     torch.manual_seed(1)
     ids = torch.randint(50257, (6, 9))
