@@ -23,6 +23,7 @@ from ch04 import (
     generate_text_simple,
     pick_device,
     print_gradients,
+    use_fused_attention,
 )
 
 BATCH = torch.tensor([[6109, 3626, 6100, 345], [6109, 1110, 6622, 257]])
@@ -286,8 +287,7 @@ def test_masks_are_not_saved_with_the_weights(tiny_gpt):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 4, 2, 1], [1, 11]])
 def test_reading_in_pieces_with_the_cache_gives_the_logits_of_one_pass(tiny_config, tiny_gpt, chunks, fused):
-    for block in tiny_gpt.trf_blocks:
-        block.att.fused = fused
+    use_fused_attention(tiny_gpt, fused)
     ids = torch.randint(50257, (3, 12), generator=torch.Generator().manual_seed(2))
     cache = KVCache(tiny_config["n_layers"], max_tokens=12)
     with torch.no_grad():
