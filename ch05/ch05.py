@@ -38,8 +38,7 @@ class GPTDatasetV1(Dataset):
                 f"{max_length + 1}: take a longer text or a smaller max_length"
             )
         windows = torch.tensor(token_ids).unfold(0, max_length + 1, stride)
-        self.input_ids = windows[:, :-1]
-        self.target_ids = windows[:, 1:]
+        self.input_ids, self.target_ids = windows[:, :-1], windows[:, 1:]
 
     def __len__(self):
         return len(self.input_ids)

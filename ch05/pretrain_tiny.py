@@ -114,9 +114,8 @@ class SampledSoftmax:
         drawn = self.rare[torch.multinomial(self.weights, self.sampled, replacement=True)]
         drawn = drawn[~torch.isin(drawn, wanted)]
         exact = torch.cat((self.frequent, wanted))
-        log_weight = torch.zeros(len(exact) + len(drawn))
-        log_weight[len(exact) :] = -self.log_q[drawn] - math.log(self.sampled)
-        return torch.cat((exact, drawn)), log_weight, len(exact)
+        log_weight = -self.log_q[drawn] - math.log(self.sampled)
+        return torch.cat((exact, drawn)), torch.cat((torch.zeros(len(exact)), log_weight)), len(exact)
 
     def loss(self, features, targets, embedding):
         """Return the mean loss in nats for features (N, D), targets (N,) and embedding (V, D)."""
@@ -167,7 +166,7 @@ def make_optimizer(model):
 
 
 def resume(path, model, optimizer):
-    """Load the state that `path` holds, if any, in place; return (steps done, seconds so far)."""
+    """Load the checkpoint `path`, if it exists, into both; return (steps done, seconds so far)."""
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, map_location=model.tok_emb.weight.device, weights_only=True)
@@ -199,7 +198,7 @@ def log_row(path, row):
 
 
 def pretrain(train, held_out, work_dir, schedule, batch_size=12, seed=123, every=250):
-    """Train from scratch or from `work_dir`'s checkpoint; return the model and append to log.jsonl."""
+    """Train from scratch or from `work_dir`'s checkpoint, append to log.jsonl, and return the model."""
     device = pick_device()
     length = TINY_CONFIG["context_length"]
     path = work_dir / "checkpoint.pt"
@@ -222,12 +221,10 @@ def pretrain(train, held_out, work_dir, schedule, batch_size=12, seed=123, every
         done = step + 1
         if done % every == 0 or done == schedule.steps:
             row = {
-                "step": done,
-                "tokens": done * batch_size * length,
+                "step": done, "tokens": done * batch_size * length,
                 "train_loss": round(sum(losses) / len(losses), 4),
                 "held_out_loss": round(held_out_loss(model, held_out, device, length), 4),
-                "learning_rate": schedule.rate(step),
-                "seconds": round(time.perf_counter() - began, 1),
+                "learning_rate": schedule.rate(step), "seconds": round(time.perf_counter() - began, 1),
             }
             losses = []
             log_row(work_dir / "log.jsonl", row)

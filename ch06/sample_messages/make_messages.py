@@ -53,7 +53,6 @@ LISTS = {
     "site": "go-now|my-page|quick|home|help-online|post|reply-here|mine|all-offers|track-it",
 }
 WORDS = {slot: words.split("|") for slot, words in LISTS.items()}
-NAMES = WORDS["name"]
 # Telephone numbers are from the ranges that Ofcom reserves for drama, addresses from the reserved domain
 # .example. In a pattern # is a digit, @ one of 0, 1, 2, and % a capital letter.
 PATTERNS = {
@@ -156,7 +155,7 @@ def shorten(text, chance):
 
 def mask(text):
     """Return the message in lower case with digits as 0, first names as NAME and single spaces."""
-    text = re.sub(r"\b(" + "|".join(NAMES) + r")\b", "NAME", re.sub(r"\d", "0", text), flags=re.IGNORECASE)
+    text = re.sub(rf"\b({LISTS['name']})\b", "NAME", re.sub(r"\d", "0", text), flags=re.IGNORECASE)
     return " ".join(text.lower().split())
 
 

@@ -276,7 +276,7 @@ def test_printing_a_sample_draws_no_random_numbers(tiny_gpt, tokenizer):
 
 
 class ShownBar(tqdm):
-    """A bar that shows itself unless told otherwise, although the tests set TQDM_DISABLE."""
+    """A bar that is shown unless told otherwise, although the tests set TQDM_DISABLE."""
 
     def __init__(self, *arguments, **settings):
         super().__init__(*arguments, **{"disable": False} | settings)

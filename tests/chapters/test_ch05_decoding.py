@@ -45,7 +45,7 @@ def test_probabilities_of_the_top_three_words():
 
 
 class Scripted(nn.Module):
-    """A model whose row i wants script[i][n] as its n-th new token, after a prompt of two."""
+    """A model that gives row i script[i][n] as its n-th new token, after a prompt of two."""
 
     def __init__(self, script):
         super().__init__()

@@ -62,7 +62,7 @@ def test_balancing_keeps_650_messages_of_each_class(frame, parts):
 
 
 def test_messages_stay_distinct_when_digits_and_names_are_masked(frame, generator):
-    name = re.compile(r"\b(" + "|".join(generator.NAMES) + r")\b", re.IGNORECASE)
+    name = re.compile(rf"\b({generator.LISTS['name']})\b", re.IGNORECASE)
     masked = [" ".join(name.sub("NAME", re.sub(r"\d", "0", text)).lower().split()) for text in frame["Text"]]
     assert len(set(masked)) == len(frame) >= 1200
 
