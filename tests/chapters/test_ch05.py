@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.std import tqdm
 
@@ -66,11 +65,6 @@ def tiny_loader():
     return DataLoader(list(zip(ids[:, :-1], ids[:, 1:], strict=True)), batch_size=2)
 
 
-def books_dropout():
-    torch.manual_seed(123)
-    return nn.Dropout(0.1)(torch.ones(64)).eq(0).nonzero().flatten().tolist() == [8, 26, 45, 48, 54, 58, 61]
-
-
 def train_as_the_book_does(loaders, tokenizer, num_epochs):
     torch.manual_seed(123)
     model = GPTModel(BOOK_CONFIG)
@@ -118,9 +112,7 @@ class Enough(Exception):
     pass
 
 
-def test_first_ten_training_steps(verdict_loaders, tokenizer, monkeypatch, capsys):
-    if not books_dropout():
-        pytest.skip("this CPU draws other dropout masks from seed 123 than the book's (Intel's do)")
+def test_first_ten_training_steps(verdict_loaders, tokenizer, books_dropout, monkeypatch, capsys):
     losses = []
 
     def evaluate_until_step_10(*arguments):
@@ -139,9 +131,7 @@ def test_first_ten_training_steps(verdict_loaders, tokenizer, monkeypatch, capsy
 
 
 @pytest.mark.slow
-def test_ten_epochs_of_training(verdict_loaders, tokenizer):
-    if not books_dropout():
-        pytest.skip("this CPU draws other dropout masks from seed 123 than the book's (Intel's do)")
+def test_ten_epochs_of_training(verdict_loaders, tokenizer, books_dropout):
     model, (train_losses, val_losses, tokens) = train_as_the_book_does(verdict_loaders, tokenizer, 10)
     for ours, book in zip(zip(train_losses, val_losses, strict=True), BOOK_LOSSES, strict=True):
         assert ours == pytest.approx(book, abs=0.02)
