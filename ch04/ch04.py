@@ -1,6 +1,6 @@
 """Chapter 4: a GPT model from its parts up to greedy text generation.
 
-`ch04.ipynb` explains the same definitions one at a time. Only torch is needed.
+`ch04.ipynb` explains the same definitions one by one. Only torch is needed.
 Shapes in comments: B batch, T tokens, D embedding width, V vocabulary, nh heads, hd head width.
 """
 
@@ -21,9 +21,9 @@ GPT_CONFIG_124M = {
 
 
 def pick_device():
-    """Return the best `torch.device` here: CUDA, then Apple's MPS, then CPU.
+    """Return the best `torch.device` available: CUDA, then Apple's MPS, then the CPU.
 
-    MPS needs torch 2.9: older versions gave unstable results.
+    MPS is used from torch 2.9 on: older versions gave unstable results.
     """
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -67,9 +67,7 @@ class DummyGPTModel(nn.Module):
         blocks = [DummyTransformerBlock(cfg) for _ in range(cfg["n_layers"])]
         self.trf_blocks = nn.Sequential(*blocks)
         self.final_norm = DummyLayerNorm(cfg["emb_dim"])
-        self.out_head = nn.Linear(
-            cfg["emb_dim"], cfg["vocab_size"], bias=False
-        )
+        self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
 
     def forward(self, in_idx):
         positions = torch.arange(in_idx.shape[1], device=in_idx.device)
@@ -115,7 +113,7 @@ class GELU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear D → 4D, GELU, Linear 4D → D, on every position alone: (B, T, D) to (B, T, D)."""
+    """Linear D → 4D, GELU, Linear 4D → D, on each position by itself: (B, T, D) to (B, T, D)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -133,7 +131,7 @@ class FeedForward(nn.Module):
 
 
 class ExampleDeepNeuralNetwork(nn.Module):
-    """Linear + GELU layers of `layer_sizes` (n + 1 widths for n layers), with or without shortcuts."""
+    """Linear + GELU layers with or without shortcuts; `layer_sizes` has n + 1 widths for n layers."""
 
     def __init__(self, layer_sizes, use_shortcut):
         super().__init__()
@@ -167,19 +165,15 @@ class MultiHeadAttention(nn.Module):
     """softmax(Q Kᵀ / √hd + causal mask) V in every head, then the output projection.
 
     x (B, T, d_in) to (B, T, d_out). `cache` holds the keys and values of earlier tokens.
-    With `fused` torch's own kernel computes the same without storing the T × T weights: see
-    `use_fused_attention`.
-    Raises ValueError if num_heads does not divide d_out. Source: chapter 3.
+    If `fused` is set (see `use_fused_attention`), torch's kernel computes the same without storing
+    the T × T weights. Raises ValueError if num_heads does not divide d_out. Source: chapter 3.
     """
 
-    def __init__(
-        self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False
-    ):
+    def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
         super().__init__()
         if d_out % num_heads:
             raise ValueError(
-                f"d_out ({d_out}) must be a multiple "
-                f"of num_heads ({num_heads})"
+                f"d_out ({d_out}) must be a multiple of num_heads ({num_heads})"
             )
         self.d_out = d_out
         self.num_heads = num_heads
@@ -210,7 +204,7 @@ class MultiHeadAttention(nn.Module):
         return heads.transpose(1, 2)  # (B, nh, T, hd)
 
     def causal_mask(self, num_queries, num_keys):
-        """(queries, keys), True: hidden; the queries are the last tokens'."""
+        """Return (queries, keys), True: hidden. The queries are those of the last tokens."""
         return self.mask[num_keys - num_queries : num_keys, :num_keys]
 
     def attend(self, queries, keys, values):
@@ -220,9 +214,8 @@ class MultiHeadAttention(nn.Module):
         return self.dropout(weights) @ values  # (B, nh, queries, hd)
 
     def attend_fused(self, queries, keys, values):
-        num_queries, num_keys = queries.shape[2], keys.shape[2]
-        whole = num_queries == num_keys  # no cached keys
-        hidden = self.causal_mask(num_queries, num_keys)
+        hidden = self.causal_mask(queries.shape[2], keys.shape[2])
+        whole = hidden.shape[0] == hidden.shape[1]  # no cached keys
         return nn.functional.scaled_dot_product_attention(
             queries, keys, values,
             attn_mask=None if whole else ~hidden, is_causal=whole,
@@ -231,7 +224,7 @@ class MultiHeadAttention(nn.Module):
 
 
 def use_fused_attention(model, on=True):
-    """Switch every `MultiHeadAttention` of `model` to torch's own attention kernel, or back."""
+    """Switch every `MultiHeadAttention` in `model` to torch's attention kernel, or back."""
     for module in model.modules():
         if isinstance(module, MultiHeadAttention):
             module.fused = on
@@ -266,8 +259,8 @@ class TransformerBlock(nn.Module):
 class GPTModel(nn.Module):
     """Token ids (B, T) to next-token logits (B, T, V), for T up to cfg["context_length"].
 
-    `cache` (a `KVCache`) lets a call read only the tokens that earlier calls have not seen.
-    Raises ValueError for more tokens than the context. Source: section 4.6.
+    With a `KVCache`, in_idx holds only the tokens that earlier calls have not read.
+    Raises ValueError for more tokens than the context length. Source: section 4.6.
     """
 
     def __init__(self, cfg):
@@ -278,22 +271,20 @@ class GPTModel(nn.Module):
         blocks = [TransformerBlock(cfg) for _ in range(cfg["n_layers"])]
         self.trf_blocks = nn.Sequential(*blocks)
         self.final_norm = LayerNorm(cfg["emb_dim"])
-        self.out_head = nn.Linear(
-            cfg["emb_dim"], cfg["vocab_size"], bias=False
-        )
+        self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False)
 
     def forward(self, in_idx, cache=None):
         return self.out_head(self.features(in_idx, cache))  # (B, T, V)
 
     def features(self, in_idx, cache=None):
-        """Return what `out_head` reads: the normalised last block's output, (B, T, D)."""
+        """Return the input of `out_head`: the last block's output, normalised, (B, T, D)."""
         start = 0 if cache is None else cache.length
         end = start + in_idx.shape[1]
         context_length = self.pos_emb.num_embeddings
         if end > context_length:
             raise ValueError(
-                f"{end} tokens do not fit the context "
-                f"of {context_length}: crop the input"
+                f"{end} tokens do not fit the context of {context_length}: "
+                "crop the input"
             )
         positions = torch.arange(start, end, device=in_idx.device)
         x = self.drop_emb(self.tok_emb(in_idx) + self.pos_emb(positions))
@@ -306,16 +297,21 @@ class LayerCache:
     """The keys and values (B, nh, tokens so far, hd) that one attention layer has computed."""
 
     def __init__(self, max_tokens):
-        self.max_tokens, self.length = max_tokens, 0
+        self.max_tokens = max_tokens
+        self.length = 0
 
     def append(self, keys, values):
-        """Store both (B, nh, T, hd) and return all of them so far, (B, nh, length, hd).
+        """Store keys and values (B, nh, T, hd); return all that are stored, (B, nh, length, hd).
 
-        Raises ValueError if they do not fit into `max_tokens`.
+        Raises ValueError if there would be more than `max_tokens`.
         """
-        start, end = self.length, self.length + keys.shape[2]
+        start = self.length
+        end = start + keys.shape[2]
         if end > self.max_tokens:
-            raise ValueError(f"the cache has room for {self.max_tokens} tokens, not {end}: make it larger")
+            raise ValueError(
+                f"the cache has room for {self.max_tokens} tokens, not {end}: "
+                "make it larger"
+            )
         if start == 0:
             batch, heads, _, width = keys.shape
             self.keys = keys.new_empty(batch, heads, self.max_tokens, width)
@@ -327,7 +323,7 @@ class LayerCache:
 
 
 class KVCache:
-    """One `LayerCache` for each of `num_layers` blocks, with room for `max_tokens` tokens."""
+    """One `LayerCache` per block, `num_layers` in all, each with room for `max_tokens` tokens."""
 
     def __init__(self, num_layers, max_tokens):
         self.layers = [LayerCache(max_tokens) for _ in range(num_layers)]

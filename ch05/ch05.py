@@ -1,7 +1,7 @@
 """Chapter 5: training a GPT, decoding with temperature and top-k, loading OpenAI's weights.
 
-`ch05.ipynb` explains the same definitions one at a time; chapter 4's are imported from `ch04`.
-Shapes in comments: B batch, T tokens, V vocabulary. Losses are in nats a token.
+`ch05.ipynb` explains the same definitions one by one; chapter 4's are imported from `ch04`.
+Shapes in comments: B batch, T tokens, V vocabulary. Losses are in nats per token.
 """
 
 import os
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from book_assets import get_tokenizer, replacing
 from ch04 import GPTModel, KVCache, generate_text_simple
-from gpt_download import download_and_load_gpt2
+from gpt_download import CONFIG_NAMES, download_and_load_gpt2
 
 CHECKPOINT_FORMAT = "gpt-from-scratch/1"
 
@@ -25,17 +25,17 @@ CHECKPOINT_FORMAT = "gpt-from-scratch/1"
 
 
 class GPTDatasetV1(Dataset):
-    """Windows of `max_length` tokens that begin every `stride` tokens, with the next tokens as targets.
+    """Windows of `max_length` tokens, one every `stride` tokens; targets are one token later.
 
-    Item: (input ids, target ids), both int64 (max_length,). Raises ValueError for too short a text.
+    Item: (input ids, target ids), both int64 (max_length,). Raises ValueError if the text is too short.
     """
 
     def __init__(self, txt, tokenizer, max_length, stride):
         token_ids = tokenizer.encode(txt, allowed_special={"<|endoftext|>"})
         if len(token_ids) <= max_length:
             raise ValueError(
-                f"the text has {len(token_ids)} tokens, a window needs {max_length + 1}: "
-                "take a longer text or a smaller max_length"
+                f"the text has {len(token_ids)} tokens, a window needs "
+                f"{max_length + 1}: take a longer text or a smaller max_length"
             )
         windows = torch.tensor(token_ids).unfold(0, max_length + 1, stride)
         self.input_ids, self.target_ids = windows[:, :-1], windows[:, 1:]
@@ -48,11 +48,12 @@ class GPTDatasetV1(Dataset):
 
 
 def create_dataloader_v1(
-    txt, batch_size=4, max_length=256, stride=128, shuffle=True, drop_last=True, num_workers=0
+    txt, batch_size=4, max_length=256, stride=128,
+    shuffle=True, drop_last=True, num_workers=0,
 ):
-    """Return a DataLoader of (input, target) batches (batch_size, max_length) of GPT-2 token ids.
+    """Return a DataLoader of (input, target) batches of GPT-2 token ids, (batch_size, max_length) each.
 
-    Raises ValueError for a text too short for one window or, with drop_last, for one batch.
+    Raises ValueError if the text is too short for one window or, with drop_last, for one batch.
     """
     dataset = GPTDatasetV1(txt, get_tokenizer(), max_length, stride)
     if drop_last and len(dataset) < batch_size:
@@ -61,18 +62,19 @@ def create_dataloader_v1(
             "take a longer text, a smaller batch_size, or drop_last=False"
         )
     return DataLoader(
-        dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, num_workers=num_workers
+        dataset, batch_size=batch_size, shuffle=shuffle,
+        drop_last=drop_last, num_workers=num_workers,
     )
 
 
 def text_to_token_ids(text, tokenizer):
-    """Return the ids of one text as a batch of one, (1, T)."""
+    """Return the token ids of one text as a batch of one, int64 (1, T)."""
     token_ids = tokenizer.encode(text, allowed_special={"<|endoftext|>"})
     return torch.tensor([token_ids], dtype=torch.long)
 
 
 def token_ids_to_text(token_ids, tokenizer):
-    """Return the text of a batch of one, (1, T), or of one sequence, (T,); ValueError for more rows."""
+    """Return the text of ids (1, T) or (T,); ValueError if there is more than one row."""
     if token_ids.dim() > 1 and len(token_ids) != 1:
         raise ValueError(f"{len(token_ids)} texts at once: pass token_ids[i]")
     return tokenizer.decode(token_ids.flatten().tolist())
@@ -82,14 +84,16 @@ def token_ids_to_text(token_ids, tokenizer):
 
 
 def calc_loss_batch(input_batch, target_batch, model, device):
-    """Mean cross-entropy of a batch, inputs and targets (B, T): a tensor with gradient."""
+    """Return the mean cross-entropy of inputs and targets (B, T) as a tensor that has a gradient."""
     logits = model(input_batch.to(device))  # (B, T, V)
     targets = target_batch.to(device)
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def calc_loss_loader(data_loader, model, device, num_batches=None, loss_of_batch=calc_loss_batch):
-    """Mean loss over the first `num_batches` batches (None: all); NaN if there is none."""
+def calc_loss_loader(
+    data_loader, model, device, num_batches=None, loss_of_batch=calc_loss_batch
+):
+    """Return the mean loss of the first `num_batches` batches (None: all); NaN for no batches."""
     losses = [
         loss_of_batch(inputs, targets, model, device).item()
         for inputs, targets in islice(data_loader, num_batches)
@@ -100,7 +104,7 @@ def calc_loss_loader(data_loader, model, device, num_batches=None, loss_of_batch
 def evaluate_model(
     model, train_loader, val_loader, device, eval_iter, loss_of_batch=calc_loss_batch
 ):
-    """Return the mean training and validation loss over `eval_iter` batches each, without dropout."""
+    """Return the mean training and validation loss of `eval_iter` batches each, without dropout."""
     model.eval()
     with torch.no_grad():
         losses = [
@@ -115,19 +119,19 @@ def evaluate_model(
 
 
 def generate_and_print_sample(model, tokenizer, device, start_context):
-    """Print, on one line, `start_context` and 50 greedy tokens after it."""
+    """Print `start_context` and 50 greedy tokens after it, on one line."""
     model.eval()
     context_size = model.pos_emb.weight.shape[0]
     encoded = text_to_token_ids(start_context, tokenizer).to(device)
-    token_ids = generate_text_simple(model, encoded, max_new_tokens=50, context_size=context_size)
+    token_ids = generate_text_simple(model, encoded, 50, context_size)
     tqdm.write(token_ids_to_text(token_ids, tokenizer).replace("\n", " "))
     model.train()
 
 
 def with_progress(loader, label, progress=True):
-    """Yield the batches of `loader` behind a progress bar, unless `progress` or TQDM_DISABLE hides it.
+    """Yield the batches of `loader` and show a progress bar, unless `progress` or TQDM_DISABLE hides it.
 
-    tqdm(loader) would start the loader twice, which draws random numbers and changes the training.
+    tqdm(loader) would start the loader twice, which draws random numbers and so changes the training.
     """
     if not progress or os.environ.get("TQDM_DISABLE"):
         yield from loader
@@ -142,9 +146,9 @@ def train_model_simple(
     model, train_loader, val_loader, optimizer, device, num_epochs,
     eval_freq, eval_iter, start_context, tokenizer, progress=True,
 ):
-    """Train on next-token prediction; print losses every `eval_freq` steps and a sample every epoch.
+    """Train to predict the next token; print losses every `eval_freq` steps and a sample per epoch.
 
-    Returns (train_losses, val_losses, track_tokens_seen), an entry an evaluation.
+    Returns (train_losses, val_losses, track_tokens_seen), one entry per evaluation.
     `progress=False` (or the variable TQDM_DISABLE=1) hides the bar. Source: section 5.2.
     """
     train_losses, val_losses, track_tokens_seen = [], [], []
@@ -174,33 +178,44 @@ def train_model_simple(
     return train_losses, val_losses, track_tokens_seen
 
 
-def plot_losses(epochs_seen, tokens_seen, train_losses, val_losses, save_as=None):
-    """Return a Figure of both losses over epochs (below) and tokens (above); save it where asked."""
+def plot_curves(epochs_seen, counts_seen, counted, curves, ylabel, save_as=None):
+    """Return a Figure of two `curves`, {label: values}, over epochs (below) and a count (above).
+
+    All are sequences of the same length; `counted` names what `counts_seen` counts.
+    The figure is closed, and saved only where `save_as` says.
+    """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
     fig, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    ax.plot(epochs_seen, train_losses, label="training")
-    ax.plot(epochs_seen, val_losses, linestyle="-.", label="validation")
-    ax.set(xlabel="epochs", ylabel="loss (nats a token)")
-    ax.legend()
+    upper = ax.twiny()
+    for (label, values), style in zip(curves.items(), ("-", "-."), strict=True):
+        ax.plot(epochs_seen, values, style, label=label)
+        upper.plot(counts_seen, values, alpha=0)  # only to scale the axis
+    ax.set(xlabel="epochs", ylabel=ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    tokens_axis = ax.twiny()
-    tokens_axis.plot(tokens_seen, train_losses, alpha=0)  # sets the scale
-    tokens_axis.set_xlabel("tokens seen")
+    ax.legend()
+    upper.set_xlabel(f"{counted} seen")
     if save_as:
         fig.savefig(save_as)
     plt.close(fig)  # a notebook shows the returned figure, once
     return fig
 
 
+def plot_losses(epochs_seen, tokens_seen, train_losses, val_losses, save_as=None):
+    """Return a Figure of both losses (nats per token) over epochs and tokens: see `plot_curves`."""
+    curves = {"training": train_losses, "validation": val_losses}
+    ylabel = "loss (nats per token)"
+    return plot_curves(epochs_seen, tokens_seen, "tokens", curves, ylabel, save_as)
+
+
 # 5.3 Decoding
 
 
 def next_token_logits(model, idx, context_size, cache=None):
-    """Logits (B, V) of the token after idx (B, T); with a cache, only unread tokens are computed.
+    """Return the logits (B, V) of the token after idx (B, T); a cache saves reading tokens again.
 
-    Past `context_size` every position shifts with the cropped window, so that the cache is of no use.
+    Beyond `context_size` the window moves and with it every position, so the cache cannot be used.
     """
     if cache is None or idx.shape[1] > context_size:
         return model(idx[:, -context_size:])[:, -1]
@@ -209,7 +224,7 @@ def next_token_logits(model, idx, context_size, cache=None):
 
 
 def sample_token(logits, temperature=0.0, top_k=None):
-    """Return one token id a row, (B, 1), from logits (B, V): greedy at temperature 0."""
+    """Return one token id per row, (B, 1), for logits (B, V): the likeliest one at temperature 0."""
     if top_k is not None:
         top_logits, _ = torch.topk(logits, min(top_k, logits.shape[-1]))
         logits = logits.masked_fill(logits < top_logits[:, -1:], -torch.inf)
@@ -220,17 +235,20 @@ def sample_token(logits, temperature=0.0, top_k=None):
 
 
 def generate(
-    model, idx, max_new_tokens, context_size, temperature=0.0, top_k=None, eos_id=None, use_cache=False
+    model, idx, max_new_tokens, context_size,
+    temperature=0.0, top_k=None, eos_id=None, use_cache=False,
 ):
     """Continue idx (B, T) by up to `max_new_tokens` tokens: (B, T + new).
 
-    A row that has drawn `eos_id` is filled up with it; generation ends, before that token is
-    appended, when every row has. `use_cache=True` gives the same tokens without reading the prompt
-    again at every step. Raises ValueError for an empty prompt, top_k < 1, context_size < 1 or a
-    negative temperature. Source: section 5.3.
+    A row that has drawn `eos_id` is filled up with it; when every row has, generation ends before
+    that token is appended. `use_cache=True` gives the same tokens without reading the prompt again at
+    every step. Raises ValueError for an empty prompt, top_k < 1, context_size < 1 or a negative
+    temperature. Source: section 5.3.
     """
     if temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError(f"need temperature >= 0 and top_k >= 1, not {temperature} and {top_k}")
+        raise ValueError(
+            f"need temperature >= 0 and top_k >= 1, not {temperature} and {top_k}"
+        )
     if idx.shape[1] < 1 or context_size < 1:
         raise ValueError(
             "need at least one token (<|endoftext|> begins a new text) "
@@ -255,11 +273,14 @@ def generate(
 
 
 def save_checkpoint(path, model, config, optimizer=None, **settings):
-    """Write the weights with the model's `config`, and the optimizer's state and `settings` if given.
+    """Write the model's weights and `config`, and the optimizer's state and `settings` if given.
 
-    `settings` are plain Python values or tensors. The file at `path` is replaced only by a whole one.
+    `settings` are plain Python values or tensors. An existing file is replaced only by a complete one.
     """
-    checkpoint = {**settings, "format": CHECKPOINT_FORMAT, "config": config, "model": model.state_dict()}
+    checkpoint = {
+        **settings, "format": CHECKPOINT_FORMAT,
+        "config": config, "model": model.state_dict(),
+    }
     if optimizer is not None:
         checkpoint["optimizer"] = optimizer.state_dict()
     with replacing(path) as partial:
@@ -269,10 +290,12 @@ def save_checkpoint(path, model, config, optimizer=None, **settings):
 def read_checkpoint(path, device="cpu"):
     """Return the dictionary that `save_checkpoint` wrote, its tensors on `device`.
 
-    Raises FileNotFoundError if there is none, ValueError if the file is something else.
+    Raises FileNotFoundError if the file is missing, ValueError if it is damaged or not a checkpoint.
     """
     if not Path(path).exists():
-        raise FileNotFoundError(f"no checkpoint {path}: train first, or name the file that you saved")
+        raise FileNotFoundError(
+            f"no checkpoint {path}: train first, or name the file that you saved"
+        )
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for foreign files
@@ -296,57 +319,61 @@ def load_checkpoint(path, device="cpu"):
 
 
 def config_from_settings(settings, drop_rate=0.0):
-    """Return `GPTModel`'s configuration for the settings that come with GPT-2's weights."""
-    return {
-        "vocab_size": settings["n_vocab"],
-        "context_length": settings["n_ctx"],
-        "emb_dim": settings["n_embd"],
-        "n_heads": settings["n_head"],
-        "n_layers": settings["n_layer"],
-        "drop_rate": drop_rate,
-        "qkv_bias": True,
-    }
+    """Return the configuration of a `GPTModel` for the settings that come with GPT-2's weights."""
+    config = {ours: settings[theirs] for theirs, ours in CONFIG_NAMES.items()}
+    return config | {"drop_rate": drop_rate, "qkv_bias": True}
 
 
 def assign(left, right):
-    """Return `right` as a new Parameter with left's dtype and device; ValueError if the shapes differ."""
+    """Return `right` as a Parameter with the dtype and device of `left`; ValueError if shapes differ."""
     here, there = tuple(left.shape), tuple(right.shape)
     if here != there:
         raise ValueError(f"the model's shape is {here}, the weights' {there}")
     return nn.Parameter(torch.empty_like(left).copy_(torch.as_tensor(right)))
 
 
+def linear_weights(name, linear, arrays):
+    """Yield (name, module, attribute, array) of a linear layer: w (in, out) transposed, b (out,)."""
+    yield f"{name}.w", linear, "weight", arrays["w"].T
+    yield f"{name}.b", linear, "bias", arrays["b"]
+
+
+def norm_weights(name, norm, arrays):
+    """Yield (name, module, attribute, array) of a layer normalisation: gain g and bias b, (D,) each."""
+    yield f"{name}.g", norm, "scale", arrays["g"]
+    yield f"{name}.b", norm, "shift", arrays["b"]
+
+
+def block_weights(name, block, arrays):
+    """Yield (name, module, attribute, array) for the arrays of one transformer block."""
+    attn, mlp = arrays["attn"], arrays["mlp"]
+    weights = np.array_split(attn["c_attn"]["w"], 3, axis=-1)  # query, key, value
+    biases = np.array_split(attn["c_attn"]["b"], 3)
+    query, key, value = ({"w": w, "b": b} for w, b in zip(weights, biases, strict=True))
+    yield from linear_weights(f"{name}.attn.c_attn[q]", block.att.W_query, query)
+    yield from linear_weights(f"{name}.attn.c_attn[k]", block.att.W_key, key)
+    yield from linear_weights(f"{name}.attn.c_attn[v]", block.att.W_value, value)
+    yield from linear_weights(f"{name}.attn.c_proj", block.att.out_proj, attn["c_proj"])
+    yield from norm_weights(f"{name}.ln_1", block.norm1, arrays["ln_1"])
+    yield from norm_weights(f"{name}.ln_2", block.norm2, arrays["ln_2"])
+    yield from linear_weights(f"{name}.mlp.c_fc", block.ff.layers[0], mlp["c_fc"])
+    yield from linear_weights(f"{name}.mlp.c_proj", block.ff.layers[2], mlp["c_proj"])
+
+
 def matching_weights(gpt, params):
     """Yield (name, module, attribute, array) for every parameter of `gpt`, arrays in its orientation."""
     yield "wte", gpt.tok_emb, "weight", params["wte"]
     yield "wpe", gpt.pos_emb, "weight", params["wpe"]
-    for number, weights in enumerate(params["blocks"]):
-        block, h = gpt.trf_blocks[number], f"h{number}"
-        att, attn, mlp = block.att, weights["attn"], weights["mlp"]
-        query_key_value = att.W_query, att.W_key, att.W_value
-        for kind, attribute in (("w", "weight"), ("b", "bias")):
-            thirds = np.array_split(attn["c_attn"][kind], 3, axis=-1)
-            for part, linear, third in zip("qkv", query_key_value, thirds, strict=True):
-                name = f"{h}.attn.c_attn.{kind}[{part}]"
-                yield name, linear, attribute, third.T
-            for name, linear, array in (
-                ("attn.c_proj", att.out_proj, attn["c_proj"]),
-                ("mlp.c_fc", block.ff.layers[0], mlp["c_fc"]),
-                ("mlp.c_proj", block.ff.layers[2], mlp["c_proj"]),
-            ):
-                yield f"{h}.{name}.{kind}", linear, attribute, array[kind].T
-        for name, norm in (("ln_1", block.norm1), ("ln_2", block.norm2)):
-            yield f"{h}.{name}.g", norm, "scale", weights[name]["g"]
-            yield f"{h}.{name}.b", norm, "shift", weights[name]["b"]
-    yield "ln_f.g", gpt.final_norm, "scale", params["g"]
-    yield "ln_f.b", gpt.final_norm, "shift", params["b"]
+    for number, block in enumerate(gpt.trf_blocks):
+        yield from block_weights(f"h{number}", block, params["blocks"][number])
+    yield from norm_weights("ln_f", gpt.final_norm, params)
     yield "wte (output head)", gpt.out_head, "weight", params["wte"]
 
 
 def load_weights_into_gpt(gpt, params):
     """Copy GPT-2's weights into `gpt`, whose configuration must have qkv_bias True.
 
-    Raises ValueError that names the tensor whose shape differs; `gpt` is then as it was.
+    Raises ValueError that names a tensor whose shape differs, and leaves `gpt` unchanged.
     """
     ours, theirs = len(gpt.trf_blocks), len(params["blocks"])
     if ours != theirs:
@@ -365,10 +392,10 @@ def load_weights_into_gpt(gpt, params):
 
 
 def load_gpt2_model(model_size, models_dir="gpt2"):
-    """Return (GPTModel with GPT-2's weights, its configuration).
+    """Return (a GPTModel with GPT-2's weights, its configuration).
 
-    `model_size` is "124M", "355M", "774M", "1558M", or "tiny" for the embedded model. Raises as
-    `gpt_download.download_and_load_gpt2`.
+    `model_size` is "124M", "355M", "774M", "1558M", or "tiny" for the embedded model.
+    Raises what `gpt_download.download_and_load_gpt2` raises.
     """
     settings, params = download_and_load_gpt2(model_size, models_dir)
     config = config_from_settings(settings)

@@ -1,10 +1,10 @@
-"""Fetch and read GPT-2's weights: OpenAI's TensorFlow checkpoint or Hugging Face's safetensors file.
+"""Download and read GPT-2's weights: OpenAI's TensorFlow checkpoint or Hugging Face's safetensors file.
 
     settings, params = download_and_load_gpt2(model_size="124M", models_dir="gpt2")
 
-`settings` holds n_vocab, n_ctx, n_embd, n_head and n_layer. `params` holds float32 arrays: "wte"
-(V, D), "wpe" (context, D), "g" and "b" (D,) of the final norm, and "blocks", one dictionary a layer:
-attn.c_attn (w: D × 3D), attn.c_proj, mlp.c_fc, mlp.c_proj, ln_1, ln_2. Both sources give the same.
+`settings` contains n_vocab, n_ctx, n_embd, n_head and n_layer. `params` contains float32 arrays: "wte"
+(V, D), "wpe" (context, D), "g" and "b" (D,) of the final norm, and "blocks", one dictionary per layer,
+whose parts and shapes are in `LAYER_SHAPES`. Both sources give the same arrays.
 """
 
 import importlib.util
@@ -19,6 +19,10 @@ from book_assets import in_cache
 from book_assets.downloads import fetch
 from book_assets.table import ASSETS, EMBEDDED_MODEL
 
+CONFIG_NAMES = {  # in hparams.json: in the configuration of a GPTModel
+    "n_vocab": "vocab_size", "n_ctx": "context_length", "n_embd": "emb_dim",
+    "n_head": "n_heads", "n_layer": "n_layers",
+}
 MODEL_SIZES = {  # name: width, layers, heads
     "124M": (768, 12, 12),
     "355M": (1024, 24, 16),
@@ -30,25 +34,29 @@ CHECKPOINT_FILES = (
     "checkpoint", "model.ckpt.data-00000-of-00001", "model.ckpt.index", "model.ckpt.meta",
 )
 SAFETENSORS_FILE = "model.safetensors"
-LAYER_PARTS = {  # with the kinds of each: weight, bias, gain
-    "ln_1": "gb", "attn.c_attn": "wb", "attn.c_proj": "wb",
-    "ln_2": "gb", "mlp.c_fc": "wb", "mlp.c_proj": "wb",
+LAYER_SHAPES = {  # of each part's weight (in, out), gain and bias, in multiples of the width
+    "ln_1": {"g": (1,), "b": (1,)},
+    "attn.c_attn": {"w": (1, 3), "b": (3,)},
+    "attn.c_proj": {"w": (1, 1), "b": (1,)},
+    "ln_2": {"g": (1,), "b": (1,)},
+    "mlp.c_fc": {"w": (1, 4), "b": (4,)},
+    "mlp.c_proj": {"w": (4, 1), "b": (1,)},
 }
 WEIGHT_NAME = re.compile(
     r"(transformer\.)?((wte|wpe)\.weight"
-    r"|(ln_f|h\.\d+\.(ln_1|ln_2|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))\.(weight|bias))"
+    rf"|(ln_f|h\.\d+\.({'|'.join(map(re.escape, LAYER_SHAPES))}))\.(weight|bias))"
 )
 
 
 def download_and_load_gpt2(model_size, models_dir, source=None):
-    """Return (settings, params) of a GPT-2, from `models_dir`/`model_size` or, if need be, the network.
+    """Return (settings, params) of a GPT-2 from `models_dir`/`model_size`; download what is missing.
 
     `model_size` is 124M, 355M, 774M or 1558M, or tiny for the model that this repository ships.
-    `source` is "tensorflow" (OpenAI's checkpoint) or "safetensors" (Hugging Face's file, needs no
+    `source` is "tensorflow" (OpenAI's checkpoint) or "safetensors" (Hugging Face's file, which needs no
     TensorFlow); None takes the one that is already there, else TensorFlow's if it is installed.
-    A relative `models_dir` is looked for under LLM_CACHE_DIR if that variable is set.
+    A relative `models_dir` is looked up in LLM_CACHE_DIR if that variable is set.
     Raises ValueError for another size or source, ImportError for "tensorflow" without TensorFlow,
-    `book_assets.downloads.DownloadError` if a file cannot be had. Source: chapter 5, section 5.5.
+    `book_assets.downloads.DownloadError` if a file cannot be downloaded. Source: section 5.5.
     """
     if model_size == "tiny":
         return load_gpt2(EMBEDDED_MODEL)
@@ -69,7 +77,7 @@ def download_and_load_gpt2(model_size, models_dir, source=None):
 
 
 def preferred_source(folder):
-    """Return the source whose weights `folder` holds, else "tensorflow" if that is installed."""
+    """Return the source whose weights are in `folder`, else "tensorflow" if that is installed."""
     if (folder / SAFETENSORS_FILE).exists():
         return "safetensors"
     if (folder / CHECKPOINT_FILES[1]).exists() or importlib.util.find_spec("tensorflow"):
@@ -81,7 +89,7 @@ def require_tensorflow():
     if importlib.util.find_spec("tensorflow") is None:
         raise ImportError(
             "OpenAI's checkpoint is read with TensorFlow, which is not installed: "
-            'run "pip install tensorflow", or pass source="safetensors", which does without it'
+            'run "pip install tensorflow", or pass source="safetensors", which does not need it'
         )
 
 
@@ -91,7 +99,7 @@ def add_small_files(folder, model_size):
         if not (folder / file).exists():
             shutil.copyfile(EMBEDDED_MODEL / file, folder / file)
     width, layers, heads = MODEL_SIZES[model_size]
-    hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": width, "n_head": heads, "n_layer": layers}
+    hparams = dict(zip(CONFIG_NAMES, (50257, 1024, width, heads, layers), strict=True))
     if not (folder / "hparams.json").exists():
         (folder / "hparams.json").write_text(json.dumps(hparams), encoding="utf-8")
 
@@ -115,21 +123,21 @@ def load_gpt2(folder, source=None):
 
 
 def read_settings(path):
-    """Return hparams.json as a dictionary; FileNotFoundError or ValueError if that cannot be done."""
+    """Return hparams.json as a dictionary; FileNotFoundError if missing, ValueError if damaged."""
     if not path.exists():
         raise FileNotFoundError(f"no {path.name} in {path.parent}: this is not a GPT-2 folder")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"} - settings.keys()
+        missing = CONFIG_NAMES.keys() - settings.keys()
     except (ValueError, AttributeError) as error:
-        raise damaged(path, error) from error
+        raise damaged_error(path, error) from error
     if missing:
-        raise damaged(path, f"it lacks {', '.join(sorted(missing))}")
+        raise damaged_error(path, f"it lacks {', '.join(sorted(missing))}")
     return settings
 
 
 def load_gpt2_params_from_tf_ckpt(ckpt_path, settings):
-    """Read variables such as model/h0/attn/c_attn/w from a TensorFlow checkpoint's path prefix."""
+    """Return params from a TensorFlow checkpoint (path prefix): variables such as model/h0/attn/c_attn/w."""
     import tensorflow as tf
 
     params = {"blocks": [{} for _ in range(settings["n_layer"])]}
@@ -138,7 +146,7 @@ def load_gpt2_params_from_tf_ckpt(ckpt_path, settings):
         names = [name for name in reader.get_variable_to_shape_map() if name.startswith("model/")]
         arrays = {name: reader.get_tensor(name) for name in names}  # others are an optimizer's
     except (tf.errors.OpError, RuntimeError, IndexError) as error:  # IndexError: a short read
-        raise damaged(ckpt_path, error) from error
+        raise damaged_error(ckpt_path, error) from error
     for name, array in arrays.items():
         path = name.split("/")[1:]
         store(params, path, array[0] if path[-1] == "w" else array)  # w has a leading 1
@@ -146,7 +154,7 @@ def load_gpt2_params_from_tf_ckpt(ckpt_path, settings):
 
 
 def load_gpt2_params_from_safetensors(path, settings):
-    """Read tensors such as h.0.attn.c_attn.weight, with or without the prefix "transformer."."""
+    """Return params from tensors such as h.0.attn.c_attn.weight, with or without "transformer." before it."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -155,7 +163,7 @@ def load_gpt2_params_from_safetensors(path, settings):
     try:
         tensors = load_file(path)
     except (SafetensorError, TypeError, KeyError) as error:  # the last two: a dtype NumPy lacks
-        raise damaged(path, error) from error
+        raise damaged_error(path, error) from error
     params = {"blocks": [{} for _ in range(settings["n_layer"])]}
     for name, array in tensors.items():
         if WEIGHT_NAME.fullmatch(name):  # others: causal masks, the tied output head
@@ -173,34 +181,34 @@ def openai_path(name):
 
 
 def store(params, path, array):
-    """Put `array`, as float32, at its place: [h3, mlp, c_fc, w] → params["blocks"][3]["mlp"]["c_fc"]["w"]."""
+    """Store `array` as float32: path [h3, mlp, c_fc, w] is params["blocks"][3]["mlp"]["c_fc"]["w"]."""
     target, (first, *rest) = params, path
     if layer := re.fullmatch(r"h(\d+)", first):
         if int(layer[1]) >= len(params["blocks"]):
             raise ValueError(f"{'/'.join(path)}: hparams.json promises {len(params['blocks'])} layers")
         target = params["blocks"][int(layer[1])]
     elif first != "ln_f":
-        rest = path  # wte, wpe; ln_f's g and b stand at the top
+        rest = path  # wte and wpe are at the top level, as are ln_f's g and b
     for key in rest[:-1]:
         target = target.setdefault(key, {})
     target[rest[-1]] = np.asarray(array, dtype=np.float32)
 
 
 def require_complete(params, origin):
-    """Return `params`, or raise ValueError naming what is missing."""
+    """Return `params`; raise ValueError, naming the missing arrays, if there are any."""
     missing = [name for name in ("wte", "wpe", "g", "b") if name not in params]
     for number, block in enumerate(params["blocks"]):
-        for part, kinds in LAYER_PARTS.items():
+        for part, kinds in LAYER_SHAPES.items():
             target = block
             for key in part.split("."):
                 target = target.get(key, {})
             missing += [f"h{number}.{part}.{kind}" for kind in kinds if kind not in target]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise damaged(origin, f"it lacks {', '.join(missing[:5])}{more}")
+        raise damaged_error(origin, f"it lacks {', '.join(missing[:5])}{more}")
     return params
 
 
-def damaged(path, reason):
-    """Return the ValueError that says so and what to do."""
+def damaged_error(path, reason):
+    """Return the ValueError for a file that cannot be used, with what to do about it."""
     return ValueError(f"{path} is damaged or not GPT-2's ({reason}): delete it and fetch it again")

@@ -3,9 +3,9 @@
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \\
         python ch05/pretrain_tiny.py --corpus FOLDER --work-dir build/gpt2-tiny --steps 4000
 
-FOLDER holds *.txt or *.txt.gz files whose documents are separated by a line `<|endoftext|>`.
-The two variables keep glibc from handing large buffers back to the kernel after every step.
-A run that was stopped goes on from its last checkpoint when the same command is given again.
+FOLDER contains *.txt or *.txt.gz files whose documents are separated by a line `<|endoftext|>`.
+The two variables keep glibc from returning large buffers to the kernel after every step.
+A run that was stopped resumes from its last checkpoint when the same command is given again.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from book_assets import get_tokenizer, replacing
 from book_assets.table import EMBEDDED_MODEL
 from ch04 import GPTModel, pick_device, use_fused_attention
+from gpt_download import CONFIG_NAMES
 
 TINY_CONFIG = {
     "vocab_size": 50257,
@@ -40,23 +41,24 @@ END_OF_TEXT_ID = 50256
 
 @dataclass
 class Schedule:
-    """Linear warm-up, constant peak, and a linear decay over the last quarter of the steps."""
+    """Learning rate: linear warm-up, constant peak, linear decay at the end."""
 
     steps: int
     peak: float = 2e-3
-    warmup: int = 150
-    decay: float = 0.25
-    floor: float = 0.05
+    warmup: int = 150  # steps
+    decay: float = 0.25  # fraction of the steps
+    floor: float = 0.05  # of the peak
 
     def rate(self, step):
+        """Return the learning rate of `step`, counted from 0."""
         left = (self.steps - step) / (self.decay * self.steps)  # 1 or more before the decay begins
         return self.peak * min((step + 1) / self.warmup, max(self.floor, min(1.0, left)))
 
 
 def read_documents(folder):
-    """Return the documents of all *.txt and *.txt.gz files, in the order of the file names.
+    """Return the documents of more than 200 characters in all *.txt and *.txt.gz files, in file-name order.
 
-    Raises FileNotFoundError if there is none.
+    Raises FileNotFoundError if there are none.
     """
     files = sorted(path for path in Path(folder).iterdir() if path.name.endswith((".txt", ".txt.gz")))
     documents = []
@@ -73,7 +75,7 @@ def read_documents(folder):
 def split_and_encode(documents, tokenizer, held_out=0.01, seed=123):
     """Return the training and the held-out tokens, two uint16 arrays.
 
-    Long documents are cut into pieces of 20,000 characters first, so that every book has a share in both.
+    Long documents are first cut into pieces of 20,000 characters, so that both parts have some of every book.
     """
     pieces = [text[i : i + 20_000] for text in documents for i in range(0, len(text), 20_000)]
     random.Random(seed).shuffle(pieces)
@@ -86,7 +88,7 @@ def split_and_encode(documents, tokenizer, held_out=0.01, seed=123):
 
 
 class SampledSoftmax:
-    """Cross-entropy over a part of the vocabulary, unbiased in the softmax's denominator.
+    """Cross-entropy over part of the vocabulary, with an unbiased estimate of the softmax's denominator.
 
     Σⱼ exp(lⱼ) ≈ Σ frequent + Σ this batch's rare targets + Σ sampled rare ones / (k · q), where the k
     sampled tokens are drawn with probability q, proportional to their frequency. With 50,257
@@ -96,7 +98,9 @@ class SampledSoftmax:
 
     def __init__(self, counts, frequent=3072, sampled=1024):
         order = torch.argsort(counts, descending=True)
-        self.frequent, self.rare, self.sampled = order[:frequent], order[frequent:], sampled
+        self.frequent = order[:frequent]
+        self.rare = order[frequent:]
+        self.sampled = sampled
         self.weights = counts[self.rare].double() + 0.5
         self.log_q = torch.zeros(len(counts))
         self.log_q[self.rare] = (self.weights / self.weights.sum()).log().float()
@@ -105,7 +109,7 @@ class SampledSoftmax:
         self.column = torch.empty(len(counts), dtype=torch.long)
 
     def candidates(self, targets):
-        """Return the tokens that stand in for the vocabulary and their log-weights, both (C,)."""
+        """Return token ids (C,), their log-weights (C,), and how many at the start are not sampled."""
         wanted = targets[self.is_rare[targets]].unique()
         drawn = self.rare[torch.multinomial(self.weights, self.sampled, replacement=True)]
         drawn = drawn[~torch.isin(drawn, wanted)]
@@ -114,7 +118,7 @@ class SampledSoftmax:
         return torch.cat((exact, drawn)), torch.cat((torch.zeros(len(exact)), log_weight)), len(exact)
 
     def loss(self, features, targets, embedding):
-        """Mean loss in nats of features (N, D) against targets (N,), embedding (V, D)."""
+        """Return the mean loss in nats for features (N, D), targets (N,) and embedding (V, D)."""
         tokens, log_weight, exact = self.candidates(targets.cpu())
         self.column[tokens[:exact]] = torch.arange(exact)
         device = features.device
@@ -123,7 +127,7 @@ class SampledSoftmax:
 
 
 def initialise(model):
-    """GPT-2's initialisation: normal(0, 0.02), residual projections divided by √(2 · layers)."""
+    """Initialise as GPT-2: normal(0, 0.02), residual projections divided by √(2 · layers), tied head."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
@@ -135,7 +139,7 @@ def initialise(model):
 
 
 def windows(tokens, starts, length):
-    """Return inputs and targets (B, length) that begin at `starts`."""
+    """Return inputs and targets, int64 (B, length) each, that begin at `starts`."""
     rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
     rows = torch.from_numpy(rows)
     return rows[:, :-1], rows[:, 1:]
@@ -143,78 +147,90 @@ def windows(tokens, starts, length):
 
 @torch.no_grad()
 def held_out_loss(model, tokens, device, length, batches=8, rows=8):
-    """Mean full-softmax loss in nats a token over evenly spaced windows of held-out text."""
+    """Return the mean full-softmax loss in nats per token over evenly spaced windows of held-out text."""
     starts = np.linspace(0, len(tokens) - length - 1, batches * rows).astype(int)
     losses = []
     for part in np.split(starts, batches):
         inputs, targets = (each.to(device) for each in windows(tokens, part, length))
-        rows_of_both = zip(model.features(inputs), targets, strict=True)
-        for features, wanted in rows_of_both:  # a row at a time: 256 × 50,257
-            losses.append(F.cross_entropy(model.out_head(features), wanted).item())
+        for features, row in zip(model.features(inputs), targets, strict=True):  # row by row: 256 × 50,257
+            losses.append(F.cross_entropy(model.out_head(features), row).item())
     return sum(losses) / len(losses)
 
 
 def make_optimizer(model):
+    """Return AdamW with weight decay 0.1 on matrices and none on vectors; `train_step` sets its rate."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
-def save_state(path, **state):
-    with replacing(path) as partial:
-        torch.save(state, partial)
+def resume(path, model, optimizer):
+    """Load the checkpoint `path`, if it exists, into both; return (steps done, seconds so far)."""
+    if not path.exists():
+        return 0, 0.0
+    state = torch.load(path, map_location=model.tok_emb.weight.device, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"resuming from step {state['step']} of {path}")
+    return state["step"], state["seconds"]
+
+
+def train_step(model, optimizer, softmax, inputs, targets, rate):
+    """Make one optimizer step on inputs and targets (B, T) at learning rate `rate`; return the loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    features = model.features(inputs).flatten(0, 1)  # (B · T, D)
+    loss = softmax.loss(features, targets.flatten(), model.tok_emb.weight)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def log_row(path, row):
+    """Print a row of the log and append it to the file `path`, one JSON object per line."""
+    line = json.dumps(row)
+    print(line, flush=True)
+    with open(path, "a", encoding="utf-8") as log:
+        log.write(line + "\n")
 
 
 def pretrain(train, held_out, work_dir, schedule, batch_size=12, seed=123, every=250):
-    """Train from scratch or from `work_dir`'s checkpoint; return the model and append to log.jsonl."""
-    device, length = pick_device(), TINY_CONFIG["context_length"]
+    """Train from scratch or from `work_dir`'s checkpoint, append to log.jsonl, and return the model."""
+    device = pick_device()
+    length = TINY_CONFIG["context_length"]
+    path = work_dir / "checkpoint.pt"
     torch.manual_seed(seed)
     model = GPTModel(TINY_CONFIG)
     initialise(model)
     model.to(device)
     use_fused_attention(model)
     optimizer = make_optimizer(model)
-    counts = torch.from_numpy(np.bincount(train, minlength=TINY_CONFIG["vocab_size"]))
-    softmax, path, step, seconds = SampledSoftmax(counts), work_dir / "checkpoint.pt", 0, 0.0
-    if path.exists():
-        state = torch.load(path, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
-        print(f"going on from step {step} of {path}")
-    began, recent = time.perf_counter() - seconds, []
-    while step < schedule.steps:
+    softmax = SampledSoftmax(torch.from_numpy(np.bincount(train, minlength=TINY_CONFIG["vocab_size"])))
+    first, seconds = resume(path, model, optimizer)
+    began = time.perf_counter() - seconds
+    losses = []
+    for step in range(first, schedule.steps):
         rng = np.random.default_rng((seed, step))  # the same batches after a resume
         torch.manual_seed(seed * 1_000_003 + step)
         starts = rng.integers(0, len(train) - length - 1, batch_size)
-        inputs, targets = (each.to(device) for each in windows(train, starts, length))
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(step)
-        loss = softmax.loss(model.features(inputs).flatten(0, 1), targets.flatten(), model.tok_emb.weight)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        recent.append(loss.item())
-        step += 1
-        if step % every == 0 or step == schedule.steps:
+        batch = (each.to(device) for each in windows(train, starts, length))
+        losses.append(train_step(model, optimizer, softmax, *batch, schedule.rate(step)))
+        done = step + 1
+        if done % every == 0 or done == schedule.steps:
             row = {
-                "step": step,
-                "tokens": step * batch_size * length,
-                "train_loss": round(sum(recent) / len(recent), 4),
+                "step": done, "tokens": done * batch_size * length,
+                "train_loss": round(sum(losses) / len(losses), 4),
                 "held_out_loss": round(held_out_loss(model, held_out, device, length), 4),
-                "learning_rate": schedule.rate(step - 1),
-                "seconds": round(time.perf_counter() - began, 1),
+                "learning_rate": schedule.rate(step), "seconds": round(time.perf_counter() - began, 1),
             }
-            recent = []
-            print(json.dumps(row), flush=True)
-            with open(work_dir / "log.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps(row) + "\n")
-            save_state(
-                path, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                step=step, seconds=row["seconds"],
-            )
+            losses = []
+            log_row(work_dir / "log.jsonl", row)
+            with replacing(path) as partial:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save(state | {"step": done, "seconds": row["seconds"]}, partial)
     return model
 
 
@@ -237,9 +253,7 @@ def export(model, folder):
     folder.mkdir(parents=True, exist_ok=True)
     half = {name: tensor.detach().half().contiguous().cpu() for name, tensor in tensors.items()}
     save_file(half, folder / "model.safetensors")
-    names = {"n_vocab": "vocab_size", "n_ctx": "context_length", "n_embd": "emb_dim",
-             "n_head": "n_heads", "n_layer": "n_layers"}
-    hparams = {name: TINY_CONFIG[ours] for name, ours in names.items()}
+    hparams = {name: TINY_CONFIG[ours] for name, ours in CONFIG_NAMES.items()}
     (folder / "hparams.json").write_text(json.dumps(hparams) + "\n", encoding="utf-8")
 
 

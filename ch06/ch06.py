@@ -1,6 +1,6 @@
 """Chapter 6: fine-tuning a GPT to tell spam from other text messages.
 
-`ch06.ipynb` explains the same definitions one at a time; earlier chapters' are imported.
+`ch06.ipynb` explains the same definitions one by one; those of earlier chapters are imported.
 Shapes in comments: B batch, T tokens, C classes. Accuracies are fractions between 0 and 1.
 """
 
@@ -24,22 +24,20 @@ SPLITS = ("train", "validation", "test")
 # 6.2 Preparing the data
 
 
-def download_and_unzip_spam_data(
-    url, zip_path, extracted_path, data_file_path
-):
-    """Leave the SMS Spam Collection, verified, at `data_file_path`; a good file there is used as it is.
+def download_and_unzip_spam_data(url, zip_path, extracted_path, data_file_path):
+    """Download the SMS Spam Collection to `data_file_path` and verify it, unless a good file is there.
 
-    `url` is tried alone; None tries the known sources in turn. `zip_path` is where the archive goes,
-    `extracted_path` where it is unpacked. Raises `book_assets.downloads.DownloadError`. Source: listing E.1.
+    Only `url` is tried; None tries the known sources in turn. The archive is stored at `zip_path` and
+    unpacked in `extracted_path`. Raises `book_assets.downloads.DownloadError`. Source: listing E.1.
     """
     fetch_spam_data(url, zip_path, extracted_path, data_file_path)
 
 
 def read_messages(path):
-    """Return a DataFrame with the columns Label ("ham" or "spam") and Text of a tab-separated file.
+    """Return a DataFrame with the columns Label ("ham" or "spam") and Text from a tab-separated file.
 
     Quotes are read as in listing E.1, by pandas' default: in the SMS Spam Collection a quotation mark
-    that is never closed swallows the lines up to the next one, so 5,574 lines give 5,572 messages.
+    that is not closed swallows the lines up to the next one, so 5,574 lines give 5,572 messages.
     Raises ValueError for other labels.
     """
     df = pd.read_csv(
@@ -52,7 +50,7 @@ def read_messages(path):
 
 
 def load_messages(choice):
-    """Return the messages of `choice.data`: "book" (UCI's, fetched if need be) or "embedded"."""
+    """Return `read_messages` of `choice.data`: "book" (UCI's, downloaded if missing) or "embedded"."""
     if choice.data == "embedded":
         return read_messages(EMBEDDED_MESSAGES)
     folder = in_cache("sms_spam_collection")
@@ -62,50 +60,51 @@ def load_messages(choice):
 
 
 def balanced_messages(choice):
-    """Return as many ham as spam of `load_messages`: a DataFrame with Label (0 ham, 1 spam) and Text."""
+    """Return a DataFrame with Label (0 ham, 1 spam) and Text: as many ham as spam of `load_messages`."""
     messages = create_balanced_dataset(load_messages(choice))
     return messages.assign(Label=messages["Label"].map(LABELS))
 
 
 def spam_splits(choice):
-    """Return {"train", "validation", "test": DataFrame} of the balanced messages, split as in the book."""
+    """Return {"train", "validation", "test": DataFrame}: `balanced_messages`, split as in the book."""
     splits = random_split(balanced_messages(choice), 0.7, 0.1)
     return dict(zip(SPLITS, splits, strict=True))
 
 
 def check_labels(labels, known, remedy):
-    """Raise ValueError, naming the first strangers, unless every label is one of `known`."""
-    strangers = labels[~labels.isin(list(known))].unique().tolist()
-    if strangers:
-        raise ValueError(
-            f"labels {strangers[:3]} are not among {list(known)}: {remedy}"
-        )
+    """Raise ValueError, naming the first unknown labels, unless every label is one of `known`."""
+    unknown = labels[~labels.isin(list(known))].unique().tolist()
+    if unknown:
+        raise ValueError(f"labels {unknown[:3]} are not among {list(known)}: {remedy}")
 
 
 def create_balanced_dataset(df):
-    """Return as many "ham" as "spam" rows, ham first; of the larger class a sample (random_state 123).
+    """Return as many "ham" as "spam" rows, ham first; the larger class is sampled (random_state 123).
 
-    Raises ValueError for other labels, or if there is nothing of one class. Source: section 6.2.
+    Raises ValueError for other labels, or if a class has no rows. Source: section 6.2.
     """
     check_labels(df["Label"], LABELS, "balance before mapping to numbers")
     ham, spam = (df[df["Label"] == label] for label in LABELS)
     size = min(len(ham), len(spam))
     if size == 0:
         raise ValueError(f"{len(ham)} ham, {len(spam)} spam: both are needed")
-    spam = spam if len(spam) == size else spam.sample(size, random_state=123)
-    return pd.concat([ham.sample(size, random_state=123), spam])
+    ham = ham.sample(size, random_state=123)
+    if len(spam) > size:  # if not, spam keeps its order: the book's split needs it
+        spam = spam.sample(size, random_state=123)
+    return pd.concat([ham, spam])
 
 
 def random_split(df, train_frac, validation_frac):
-    """Shuffle (random_state 123) and cut: DataFrames of training, validation and, the rest, test rows.
+    """Shuffle (random_state 123) and cut into training, validation and test rows: three DataFrames.
 
-    Raises ValueError if a fraction is negative or both sum to more than 1. Source: section 6.2.
+    The test rows are the rest. Raises ValueError if a fraction is negative or their sum exceeds 1.
+    Source: section 6.2.
     """
     fractions = (train_frac, validation_frac)
     if min(fractions) < 0 or sum(fractions) > 1:
         raise ValueError(
-            f"fractions {fractions} must not be negative, nor exceed 1 "
-            "together: what they leave is the test part"
+            f"fractions {fractions} must not be negative, nor exceed 1 together: "
+            "what they leave is the test part"
         )
     df = df.sample(frac=1, random_state=123).reset_index(drop=True)
     train_end = int(len(df) * train_frac)
@@ -117,35 +116,33 @@ def random_split(df, train_frac, validation_frac):
 
 
 def encode_message(text, tokenizer):
-    """Return the token ids of one message, as a list; ValueError if there is no text.
+    """Return the token ids of one message, as a list; ValueError if it has no text.
 
     The name of a special token, such as <|endoftext|>, is read as plain text.
     """
     if not text.strip():
-        raise ValueError("no text: leave messages without any text out")
+        raise ValueError("no text: leave out messages without text")
     return tokenizer.encode(text, disallowed_special=())
 
 
 def cut_or_pad(token_ids, length, pad_token_id=50256):
-    """Return exactly `length` ids: the first ones, or all and `pad_token_id` to the right."""
+    """Return exactly `length` ids: the first ones, or all of them followed by `pad_token_id`."""
     return token_ids[:length] + [pad_token_id] * (length - len(token_ids))
 
 
 class SpamDataset(Dataset):
     """Messages of a CSV file with the columns Label (0 ham, 1 spam) and Text, as equally long token ids.
 
-    `csv_file` is a path or an open file. `max_length` None takes the longest message's; otherwise
-    longer messages are cut to their first tokens. It must not exceed the model's context.
+    `csv_file` is a path or an open file. Messages are padded to `max_length` tokens or cut to the first
+    ones; None takes the longest message's length. It must not exceed the model's context length.
     Item: (ids (max_length,), label ()), both int64. Raises ValueError for missing columns, other
-    labels, messages without text (by row, the first is 0), no messages, max_length below 1.
+    labels, messages without text (by row, from 0), no messages, and max_length below 1.
     Source: section 6.3, listing E.2.
     """
 
-    def __init__(
-        self, csv_file, tokenizer, max_length=None, pad_token_id=50256
-    ):
+    def __init__(self, csv_file, tokenizer, max_length=None, pad_token_id=50256):
         if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length {max_length}: 1 token is the least")
+            raise ValueError(f"max_length {max_length}: use at least 1 token")
         self.data = read_labelled_csv(csv_file)
         encoded = [encode_message(t, tokenizer) for t in self.data["Text"]]
         self.max_length = max_length or max(map(len, encoded))
@@ -162,13 +159,12 @@ class SpamDataset(Dataset):
 
 
 def read_labelled_csv(csv_file):
-    """Return the DataFrame (Label 0 or 1, Text not empty) of a CSV file, or raise ValueError."""
+    """Return the DataFrame (Label 0 or 1, Text not empty) of a CSV file; ValueError for anything else."""
     try:
         df = pd.read_csv(csv_file, dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:
-        raise ValueError(
-            f"{csv_file} is empty: write the split with to_csv first"
-        ) from None
+        problem = f"{csv_file} is empty: write the split with to_csv first"
+        raise ValueError(problem) from None
     if not {"Label", "Text"} <= set(df.columns):
         raise ValueError(
             f"{csv_file} must have the columns Label and Text, "
@@ -178,8 +174,8 @@ def read_labelled_csv(csv_file):
     check_labels(df["Label"], ("0", "1"), remedy)
     empty = df.index[df["Text"].str.strip() == ""].tolist()
     if empty or df.empty:
-        what = f"no text in rows {empty[:3]}" if empty else "no messages"
-        raise ValueError(f"{csv_file} has {what}: correct and rewrite it")
+        problem = f"no text in rows {empty[:3]}" if empty else "no messages"
+        raise ValueError(f"{csv_file} has {problem}: correct and rewrite it")
     return df.assign(Label=df["Label"].astype(int))
 
 
@@ -187,14 +183,14 @@ def read_labelled_csv(csv_file):
 
 
 def add_classification_head(model, num_classes=2):
-    """Replace `model.out_head`, in place, by a new linear layer from its width to `num_classes`."""
+    """Replace `model.out_head` in place with a new linear layer (D to num_classes); return `model`."""
     weight = model.tok_emb.weight
     model.out_head = nn.Linear(weight.shape[1], num_classes).to(weight)
     return model
 
 
 def unfreeze_last_block(model):
-    """Leave, in place, only the last block, the final norm and the output head trainable."""
+    """Freeze `model` in place except for the last block, final norm and output head; return it."""
     model.requires_grad_(False)
     for part in (model.trf_blocks[-1], model.final_norm, model.out_head):
         part.requires_grad_(True)
@@ -205,9 +201,10 @@ def unfreeze_last_block(model):
 
 
 def calc_accuracy_loader(data_loader, model, device, num_batches=None):
-    """Share of right answers in the first `num_batches` batches (None: all); NaN for an empty loader.
+    """Return the fraction of correct predictions in the first `num_batches` batches (None: all).
 
-    The class is the largest logit of the last token. Leaves `model` in eval mode. Source: section 6.6.
+    NaN for no batches. The predicted class has the largest logit at the last token. Leaves `model` in
+    eval mode. Source: section 6.6.
     """
     model.eval()
     correct, examples = 0, 0
@@ -221,20 +218,20 @@ def calc_accuracy_loader(data_loader, model, device, num_batches=None):
 
 
 def calc_loss_batch(input_batch, target_batch, model, device):
-    """Mean cross-entropy of the last token's logits, inputs (B, T), targets (B,): a tensor with gradient."""
+    """Return the last token's mean cross-entropy, inputs (B, T), targets (B,): a tensor with a gradient."""
     logits = model(input_batch.to(device))[:, -1, :]  # (B, C)
     return nn.functional.cross_entropy(logits, target_batch.to(device))
 
 
 def calc_loss_loader(data_loader, model, device, num_batches=None):
-    """Mean of `calc_loss_batch` over the first `num_batches` batches (None: all)."""
+    """Return the mean loss of the first `num_batches` batches (None: all); NaN for no batches."""
     return ch05.calc_loss_loader(
         data_loader, model, device, num_batches, calc_loss_batch
     )
 
 
 def evaluate_model(model, train_loader, val_loader, device, eval_iter):
-    """Return the mean training and validation loss over `eval_iter` batches each, without dropout."""
+    """Return the mean training and validation loss of `eval_iter` batches each, without dropout."""
     return ch05.evaluate_model(
         model, train_loader, val_loader, device, eval_iter, calc_loss_batch
     )
@@ -247,11 +244,11 @@ def train_classifier_simple(
     model, train_loader, val_loader, optimizer, device, num_epochs,
     eval_freq, eval_iter, tokenizer=None, progress=True,
 ):
-    """Train the classifier; print losses every `eval_freq` steps and accuracies every epoch.
+    """Train the classifier; print losses every `eval_freq` steps and accuracies after each epoch.
 
-    Losses and accuracies are of `eval_iter` batches. `tokenizer` is accepted for listing E.7 and not
-    used. `progress=False` (or the variable TQDM_DISABLE=1) hides the bar. Returns (train_losses,
-    val_losses, train_accs, val_accs, examples_seen), the last a number. Source: section 6.7.
+    Both are measured on `eval_iter` batches. `tokenizer` is accepted for listing E.7 and not used.
+    `progress=False` (or the variable TQDM_DISABLE=1) hides the bar. Returns (train_losses, val_losses,
+    train_accs, val_accs, examples_seen), the last one a number. Source: section 6.7.
     """
     train_losses, val_losses, train_accs, val_accs = [], [], [], []
     examples_seen, global_step = 0, -1
@@ -282,31 +279,19 @@ def train_classifier_simple(
         train_accs.append(train_acc)
         val_accs.append(val_acc)
         tqdm.write(
-            f"Training accuracy: {train_acc:.2%} | "
-            f"Validation accuracy: {val_acc:.2%}"
+            f"Training accuracy: {train_acc:.2%} | Validation accuracy: {val_acc:.2%}"
         )
     return train_losses, val_losses, train_accs, val_accs, examples_seen
 
 
 def plot_values(
-    epochs_seen, examples_seen, train_values, val_values,
-    label="loss", save_as=None,
+    epochs_seen, examples_seen, train_values, val_values, label="loss", save_as=None
 ):
-    """Return a Figure of both curves over epochs (below) and examples (above); save it where asked."""
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    ax.plot(epochs_seen, train_values, label=f"training {label}")
-    ax.plot(epochs_seen, val_values, "-.", label=f"validation {label}")
-    ax.set(xlabel="epochs", ylabel=label)
-    ax.legend()
-    upper = ax.twiny()
-    upper.plot(examples_seen, train_values, alpha=0)  # only to scale the axis
-    upper.set_xlabel("examples seen")
-    if save_as:
-        fig.savefig(save_as)
-    plt.close(fig)  # a notebook shows the returned figure, once
-    return fig
+    """Return a Figure of both curves over epochs (below) and examples (above): see `ch05.plot_curves`."""
+    curves = {f"training {label}": train_values, f"validation {label}": val_values}
+    return ch05.plot_curves(
+        epochs_seen, examples_seen, "examples", curves, label, save_as
+    )
 
 
 # 6.8 Using the classifier
@@ -317,8 +302,8 @@ def classify_review(
 ):
     """Return "spam" or "not spam" for one text, read at the last position as in training.
 
-    The text is cut to `max_length` or the model's context, the smaller, and padded to `max_length`
-    (the training's); None pads nothing. Raises ValueError for an empty text. Source: section 6.8.
+    The text is padded or cut to `max_length` (the training's) but never exceeds the model's context;
+    None does not pad. Raises ValueError for an empty text. Source: section 6.8.
     """
     model.eval()
     context_length = model.pos_emb.weight.shape[0]
@@ -331,23 +316,23 @@ def classify_review(
 
 
 def save_classifier(path, model, config, max_length):
-    """Write the classifier with its `config` and the `max_length` that its messages were padded to.
+    """Write the classifier with its `config` and the `max_length` to which its messages were padded.
 
     Raises ValueError for a language model or a model whose LoRA layers are not merged.
     """
     names = model.state_dict().keys()
     if "out_head.bias" not in names or any(".lora." in n for n in names):
         raise ValueError(
-            "not a plain classifier: call add_classification_head, or merge "
-            "the LoRA layers first"
+            "not a plain classifier: call add_classification_head, "
+            "or merge the LoRA layers first"
         )
     ch05.save_checkpoint(path, model, config, max_length=max_length)
 
 
 def load_classifier(path, device="cpu"):
-    """Return (model, max_length) that `save_classifier` wrote, in eval mode on `device`.
+    """Return (model, max_length) that `save_classifier` wrote; the model is in eval mode on `device`.
 
-    Raises FileNotFoundError if there is none, ValueError for a foreign file or a language model.
+    Raises FileNotFoundError if the file is missing, ValueError if it is not a classifier's.
     """
     checkpoint = ch05.read_checkpoint(path, device)
     if "max_length" not in checkpoint:

@@ -1,8 +1,8 @@
 """Write the sample messages of chapter 6 from the fragments in phrases.txt.
 
 A message is two or three fragments: an opening, then a middle, a closing line, or both. Its template is its
-opening and middle: each of them is kept for one part of chapter 6's split (training, validation or test).
-Closing lines recur, but no two messages have more than one fragment in common. Write the file again with
+opening and middle; each of them is used in only one part of chapter 6's split (training, validation or test).
+Closing lines recur, but no two messages have more than one fragment in common. Rewrite the file with
 
     python ch06/sample_messages/make_messages.py
 """
@@ -23,7 +23,7 @@ PHRASES = FOLDER / "phrases.txt"
 MESSAGES = FOLDER / "SMSSpamCollection.tsv"
 SEED = 123
 COUNTS = {"ham": 690, "spam": 650}
-SHARES = {"test": 0.22, "validation": 0.13}  # of a theme's openings and middles; the rest is for training
+FRACTIONS = {"test": 0.22, "validation": 0.13}  # of a theme's openings and middles; the rest is for training
 MAX_CHARACTERS = 220
 MAX_OVERLAP = 0.5  # Jaccard similarity of two messages' words, digits and names masked
 
@@ -53,8 +53,7 @@ LISTS = {
     "site": "go-now|my-page|quick|home|help-online|post|reply-here|mine|all-offers|track-it",
 }
 WORDS = {slot: words.split("|") for slot, words in LISTS.items()}
-NAMES = WORDS["name"]
-# Telephone numbers come from the ranges that Ofcom keeps free for drama, addresses from the reserved domain
+# Telephone numbers are from the ranges that Ofcom reserves for drama, addresses from the reserved domain
 # .example. In a pattern # is a digit, @ one of 0, 1, 2, and % a capital letter.
 PATTERNS = {
     "mobile": "07700 900###",
@@ -78,7 +77,7 @@ SHORT = {
 
 @dataclass(frozen=True)
 class Theme:
-    """One theme of one class: three groups of fragments and how they may be put together."""
+    """A theme of one class: three groups of fragments and how they may be combined."""
 
     label: str
     name: str
@@ -89,7 +88,7 @@ class Theme:
 
 @dataclass(frozen=True)
 class Message:
-    """A finished message, its part of the split, and the places (theme, group, line) of its fragments."""
+    """A message, its part of the split, and the places (theme, group, line) of its fragments."""
 
     label: str
     part: str
@@ -98,7 +97,7 @@ class Message:
 
 
 class Chance:
-    """Choices drawn with `random.random()` alone, whose sequence Python promises to keep between versions."""
+    """Random choices made with `random.random()` alone, whose sequence is the same in all Python versions."""
 
     def __init__(self, seed):
         self.random = random.Random(seed).random
@@ -111,7 +110,7 @@ class Chance:
 
 
 def read_themes(path=PHRASES):
-    """The themes of a phrases file, in its order; see the file's first lines for the notation."""
+    """Return the themes of a phrases file in its order; its first lines explain the notation."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     themes = []
     for block in "\n".join(lines).strip().split("== ")[1:]:
@@ -119,13 +118,13 @@ def read_themes(path=PHRASES):
         label, name, *flags = header.split()
         groups = tuple(tuple(group.splitlines()) for group in body.strip().split("\n\n"))
         if label not in COUNTS or len(groups) != 3:
-            raise ValueError(f"theme {header!r}: write ham or spam, and three groups parted by blank lines")
+            raise ValueError(f"theme {header!r}: use ham or spam, then three groups separated by blank lines")
         themes.append(Theme(label, name, "plain" in flags, "whole" in flags, groups))
     return themes
 
 
 def fill_slot(slot, chance):
-    """A word of the slot's list, or its pattern with every sign drawn."""
+    """Return a word from the slot's list, or its pattern with every sign replaced."""
     if slot in WORDS:
         return chance.pick(WORDS[slot])
     pattern = PATTERNS[slot].replace("{site}", chance.pick(WORDS["site"]))
@@ -133,13 +132,13 @@ def fill_slot(slot, chance):
 
 
 def fill_fragment(fragment, chance):
-    """Choose a wording in every [a|b] and fill every {slot}."""
+    """Return the fragment with one wording of every [a|b] and every {slot} filled."""
     text = re.sub(r"\[([^]]*)\]", lambda match: chance.pick(match[1].split("|")), fragment)
     return re.sub(r"\{(\w+)\}", lambda match: fill_slot(match[1], chance), text)
 
 
 def join_fragments(parts, plain, chance):
-    """Put sentences together with the punctuation of an office (plain) or of a hurried thumb."""
+    """Join sentences with formal (plain) or careless punctuation."""
     text = parts[0]
     for part in parts[1:]:
         end = ". " if plain else chance.pick([". ", ". ", "! ", "... ", " - ", " "])
@@ -148,31 +147,31 @@ def join_fragments(parts, plain, chance):
 
 
 def shorten(text, chance):
-    """Write some words as in text messages, and half the time nothing in capitals."""
+    """Abbreviate some words as in text messages; half the time write everything in lower case."""
     words = [SHORT[w.lower()] if w.lower() in SHORT and chance.below(0.7) else w for w in text.split(" ")]
     text = " ".join(words)
     return text.lower().replace("'", "") if chance.below(0.5) else text
 
 
-def masked(text):
-    """The message with digits as 0 and first names as NAME, in small letters, blanks collapsed."""
-    text = re.sub(r"\b(" + "|".join(NAMES) + r")\b", "NAME", re.sub(r"\d", "0", text), flags=re.IGNORECASE)
+def mask(text):
+    """Return the message in lower case with digits as 0, first names as NAME and single spaces."""
+    text = re.sub(rf"\b({LISTS['name']})\b", "NAME", re.sub(r"\d", "0", text), flags=re.IGNORECASE)
     return " ".join(text.lower().split())
 
 
 def overlap(words, others):
-    """Jaccard similarity of two sets of words: how many are in both, over how many are in either."""
+    """Return the Jaccard similarity of two sets: the number of words in both over that in either."""
     both = len(words & others)
     return both / (len(words) + len(others) - both)
 
 
-def masked_words(text):
-    """The set of words of the masked message, numbers left out."""
-    return frozenset(re.findall(r"[a-z']+", masked(text)))
+def words_of(text):
+    """Return the set of words of the masked message, without numbers."""
+    return frozenset(re.findall(r"[a-z']+", mask(text)))
 
 
-def parts_of_rows(labels):
-    """The part (training, validation, test) into which chapter 6's functions put each row of the file.
+def find_parts(labels):
+    """Return the part (training, validation, test) that chapter 6's functions give each row of the file.
 
     Rows that balancing leaves out count as training.
     """
@@ -185,38 +184,41 @@ def parts_of_rows(labels):
     return parts
 
 
-def shuffled(items, chance):
-    """A new list in random order: the items sorted by a random key."""
+def shuffle(items, chance):
+    """Return the items in random order: sorted by a random key."""
     return [item for _, item in sorted((chance.random(), item) for item in items)]
 
 
-def share_out(theme, chance):
-    """The part of each opening and middle: a dictionary from place (theme, group, line) to part."""
+def assign_parts(theme, chance):
+    """Return {place (theme, group, line): part of the split} of each opening and middle."""
     parts = {}
     for group in (0, 1):
-        lines = shuffled(range(len(theme.groups[group])), chance)
-        names = [name for name, share in SHARES.items() for _ in range(round(share * len(lines)))]
+        lines = shuffle(range(len(theme.groups[group])), chance)
+        names = [name for name, fraction in FRACTIONS.items() for _ in range(round(fraction * len(lines)))]
         names += ["training"] * (len(lines) - len(names))
         parts.update(((theme.name, group, line), name) for line, name in zip(lines, names, strict=True))
     return parts
 
 
 class Writer:
-    """Draws messages and keeps those that share no pair of fragments, and few words, with any kept before."""
+    """Draws messages; keeps those that share no two fragments and few words with any earlier one."""
 
     def __init__(self, themes, chance):
         self.chance = chance
         self.themes = themes
-        self.parts = {place: part for theme in themes for place, part in share_out(theme, chance).items()}
-        self.texts, self.pairs, self.words, self.uses = set(), set(), [], {}
+        self.parts = {place: part for theme in themes for place, part in assign_parts(theme, chance).items()}
+        self.texts = set()
+        self.pairs = set()
+        self.words = []
+        self.uses = {}
 
     def draw_places(self, theme, part):
-        """The fragments of a message for this part, as places (theme, group, line)."""
+        """Return the places (theme, group, line) of a message's fragments for this part."""
         shapes = [(0, 1, 2), (0, 1, 2), (0, 1)] + ([] if theme.whole else [(0, 2), (0, 2)])
         return tuple(self.draw_place(theme, group, part) for group in self.chance.pick(shapes))
 
     def draw_place(self, theme, group, part):
-        """The least used of three places drawn at random."""
+        """Return the least used of three random places."""
         places = [(theme.name, group, line) for line in range(len(theme.groups[group]))]
         allowed = [place for place in places if self.parts.get(place, part) == part]
         drawn = [self.chance.pick(allowed) for _ in range(3)]
@@ -232,23 +234,23 @@ class Writer:
         return shorten(text, self.chance) if hurried else text
 
     def is_new(self, text):
-        """Whether the text is short enough and unlike every message kept so far."""
-        words = masked_words(text)
+        """Return whether the text is short enough and unlike every message kept so far."""
+        words = words_of(text)
         return (
             len(text) <= MAX_CHARACTERS
-            and masked(text) not in self.texts
+            and mask(text) not in self.texts
             and all(overlap(words, other) <= MAX_OVERLAP for other in self.words)
         )
 
     def keep(self, text, places):
-        self.texts.add(masked(text))
-        self.words.append(masked_words(text))
+        self.texts.add(mask(text))
+        self.words.append(words_of(text))
         self.pairs.update(combinations(places, 2))
         for place in places:
             self.uses[place] = self.uses.get(place, 0) + 1
 
     def write(self, label, part, attempts=2_000):
-        """A new message of this class for this part; RuntimeError if the fragments do not suffice."""
+        """Return a new message of this class for this part; RuntimeError if there are too few fragments."""
         themes = [theme for theme in self.themes if theme.label == label]
         for _ in range(attempts):
             theme = self.chance.pick(themes)
@@ -263,15 +265,15 @@ class Writer:
 
 
 def make_messages(seed=SEED, counts=COUNTS):
-    """All messages in the file's order, the same list on every machine and Python version."""
+    """Return all messages in the file's order, the same list on every machine and Python version."""
     chance = Chance(seed)
     writer = Writer(read_themes(), chance)
-    labels = shuffled([label for label, count in counts.items() for _ in range(count)], chance)
-    return [writer.write(label, part) for label, part in zip(labels, parts_of_rows(labels), strict=True)]
+    labels = shuffle([label for label, count in counts.items() for _ in range(count)], chance)
+    return [writer.write(label, part) for label, part in zip(labels, find_parts(labels), strict=True)]
 
 
-def as_tsv(messages):
-    """The collection's format: one `label<TAB>text` a line."""
+def format_tsv(messages):
+    """Return the messages in the collection's format: one `label<TAB>text` per line."""
     return "".join(f"{message.label}\t{message.text}\n" for message in messages)
 
 
@@ -280,7 +282,7 @@ def main():
     parser.add_argument("--output", type=Path, default=MESSAGES)
     output = parser.parse_args().output
     messages = make_messages()
-    output.write_bytes(as_tsv(messages).encode("utf-8"))
+    output.write_bytes(format_tsv(messages).encode("utf-8"))
     print(f"{len(messages)} messages written to {output}")
 
 

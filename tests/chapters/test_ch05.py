@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.std import tqdm
 
@@ -60,21 +59,10 @@ def verdict_loaders(verdict):
 
 
 @pytest.fixture
-def tiny_gpt(tiny_config):
-    torch.manual_seed(0)
-    return GPTModel(tiny_config).eval()
-
-
-@pytest.fixture
 def tiny_loader():
     torch.manual_seed(1)
     ids = torch.randint(50257, (6, 9))
     return DataLoader(list(zip(ids[:, :-1], ids[:, 1:], strict=True)), batch_size=2)
-
-
-def books_dropout():
-    torch.manual_seed(123)
-    return nn.Dropout(0.1)(torch.ones(64)).eq(0).nonzero().flatten().tolist() == [8, 26, 45, 48, 54, 58, 61]
 
 
 def train_as_the_book_does(loaders, tokenizer, num_epochs):
@@ -124,9 +112,7 @@ class Enough(Exception):
     pass
 
 
-def test_first_ten_training_steps(verdict_loaders, tokenizer, monkeypatch, capsys):
-    if not books_dropout():
-        pytest.skip("this CPU draws other dropout masks from seed 123 than the book's (Intel's do)")
+def test_first_ten_training_steps(verdict_loaders, tokenizer, books_dropout, monkeypatch, capsys):
     losses = []
 
     def evaluate_until_step_10(*arguments):
@@ -145,9 +131,7 @@ def test_first_ten_training_steps(verdict_loaders, tokenizer, monkeypatch, capsy
 
 
 @pytest.mark.slow
-def test_ten_epochs_of_training(verdict_loaders, tokenizer):
-    if not books_dropout():
-        pytest.skip("this CPU draws other dropout masks from seed 123 than the book's (Intel's do)")
+def test_ten_epochs_of_training(verdict_loaders, tokenizer, books_dropout):
     model, (train_losses, val_losses, tokens) = train_as_the_book_does(verdict_loaders, tokenizer, 10)
     for ours, book in zip(zip(train_losses, val_losses, strict=True), BOOK_LOSSES, strict=True):
         assert ours == pytest.approx(book, abs=0.02)
@@ -282,7 +266,7 @@ def test_printing_a_sample_draws_no_random_numbers(tiny_gpt, tokenizer):
 
 
 class ShownBar(tqdm):
-    """A bar that shows itself unless told otherwise, although the tests set TQDM_DISABLE."""
+    """A bar that is shown unless told otherwise, although the tests set TQDM_DISABLE."""
 
     def __init__(self, *arguments, **settings):
         super().__init__(*arguments, **{"disable": False} | settings)

@@ -5,18 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from ch04 import GPTModel, generate_text_simple
+from ch04 import generate_text_simple
 from ch05 import generate, sample_token
 
 WORDS = ["closer", "every", "effort", "forward", "inches", "moves", "pizza", "toward", "you"]
 NINE_LOGITS = torch.tensor([4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79])
 END = 50256
-
-
-@pytest.fixture
-def tiny_gpt(tiny_config):
-    torch.manual_seed(0)
-    return GPTModel(tiny_config).eval()
 
 
 @pytest.mark.parametrize(
@@ -51,7 +45,7 @@ def test_probabilities_of_the_top_three_words():
 
 
 class Scripted(nn.Module):
-    """A model whose row i wants script[i][n] as its n-th new token, after a prompt of two."""
+    """A model that gives row i script[i][n] as its n-th new token, after a prompt of two."""
 
     def __init__(self, script):
         super().__init__()

@@ -19,14 +19,10 @@ from ch05 import (
     read_checkpoint,
     save_checkpoint,
 )
+from gpt2_files import random_params
+from gpt_download import CONFIG_NAMES
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def tiny_gpt(tiny_config):
-    torch.manual_seed(0)
-    return GPTModel(tiny_config).eval()
 
 
 # Checkpoints
@@ -119,32 +115,10 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, tiny_gpt, tiny
 # OpenAI's weights
 
 
-def random_params(cfg, seed=0):
-    """GPT-2's arrays in `download_and_load_gpt2`'s layout."""
-    rng, d = np.random.default_rng(seed), cfg["emb_dim"]
-
-    def array(*shape):
-        return rng.normal(0, 0.1, shape).astype(np.float32)
-
-    blocks = [
-        {
-            "attn": {"c_attn": {"w": array(d, 3 * d), "b": array(3 * d)},
-                     "c_proj": {"w": array(d, d), "b": array(d)}},
-            "mlp": {"c_fc": {"w": array(d, 4 * d), "b": array(4 * d)},
-                    "c_proj": {"w": array(4 * d, d), "b": array(d)}},
-            "ln_1": {"g": array(d), "b": array(d)},
-            "ln_2": {"g": array(d), "b": array(d)},
-        }
-        for _ in range(cfg["n_layers"])
-    ]
-    tables = {"wte": array(cfg["vocab_size"], d), "wpe": array(cfg["context_length"], d)}
-    return {"blocks": blocks, "g": array(d), "b": array(d), **tables}
-
-
 @pytest.fixture
 def small(tiny_config):
     cfg = tiny_config | {"vocab_size": 50, "context_length": 8}
-    return GPTModel(cfg), random_params(cfg), cfg
+    return GPTModel(cfg), random_params({theirs: cfg[ours] for theirs, ours in CONFIG_NAMES.items()}), cfg
 
 
 def test_every_parameter_is_replaced_and_keeps_a_plain_layout(small):
@@ -182,8 +156,8 @@ def changed(params, path, array):
         (("wte",), lambda a: a[:-1], r"wte: .*\(50, 32\).*\(49, 32\)"),
         (("wpe",), lambda a: a[:4], "wpe"),
         (("g",), lambda a: a[:1], r"ln_f\.g"),
-        (("blocks", 1, "attn", "c_attn", "w"), lambda a: a[:, :-3], r"h1\.attn\.c_attn\.w\[q\]"),
-        (("blocks", 1, "attn", "c_attn", "b"), lambda a: a[:-1], r"h1\.attn\.c_attn\.b"),
+        (("blocks", 1, "attn", "c_attn", "w"), lambda a: a[:, :-3], r"h1\.attn\.c_attn\[q\]\.w"),
+        (("blocks", 1, "attn", "c_attn", "b"), lambda a: a[:-1], r"h1\.attn\.c_attn\[v\]\.b"),
         (("blocks", 0, "attn", "c_proj", "w"), lambda a: a[:-1], r"h0\.attn\.c_proj\.w"),
         (("blocks", 0, "mlp", "c_fc", "w"), lambda a: a.T, r"h0\.mlp\.c_fc\.w"),
         (("blocks", 1, "ln_2", "b"), lambda a: a[None], r"h1\.ln_2\.b"),
@@ -206,7 +180,7 @@ def test_another_number_of_layers_is_refused(small):
 
 def test_a_model_without_query_key_value_biases_is_refused_with_the_remedy(small):
     _, params, cfg = small
-    with pytest.raises(ValueError, match=r"h0\.attn\.c_attn\.b\[q\]: .* set qkv_bias=True"):
+    with pytest.raises(ValueError, match=r"h0\.attn\.c_attn\[q\]\.b: .* set qkv_bias=True"):
         load_weights_into_gpt(GPTModel(cfg | {"qkv_bias": False}), params)
 
 

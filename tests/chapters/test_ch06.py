@@ -1,5 +1,6 @@
 """Chapter 6: the spam data, the classification head, fine-tuning, and using the classifier."""
 
+import math
 import re
 from copy import deepcopy
 from functools import partialmethod
@@ -24,7 +25,7 @@ LINES = {
 
 
 class Answers(nn.Module):
-    """A stand-in for a classifier: at the last position it always gives `logits`, elsewhere the opposite."""
+    """A fake classifier: it always gives `logits` at the last position and the opposite elsewhere."""
 
     def __init__(self, logits):
         super().__init__()
@@ -81,7 +82,7 @@ def test_the_real_messages_give_the_books_splits_and_batches(messages, tokenizer
     assert [len(train_loader), *others] == [130, 19, 38]
 
 
-def test_37_real_test_messages_also_stand_in_the_training_part(messages):
+def test_37_real_test_messages_are_also_in_the_training_part(messages):
     train, validation, test = ch06.random_split(ch06.create_balanced_dataset(messages), 0.7, 0.1)
     assert [part["Text"].isin(train["Text"]).sum() for part in (validation, test)] == [13, 37]
 
@@ -238,14 +239,21 @@ def test_losses_are_means_over_batches(tokenizer):
     assert model.training
 
 
-@pytest.mark.parametrize(("logits", "num_batches", "share"), [
+@pytest.mark.parametrize(("logits", "num_batches", "fraction"), [
     ([0.0, 1.0], None, 3 / 5), ([1.0, 0.0], None, 2 / 5), ([0.0, 1.0], 2, 2 / 4), ([0.0, 1.0], 99, 3 / 5),
 ])
-def test_the_accuracy_of_a_constant_answer_is_the_share_of_its_class(tokenizer, logits, num_batches, share):
+def test_a_constant_answer_is_as_accurate_as_its_class_is_frequent(tokenizer, logits, num_batches, fraction):
     model = Answers(logits)
-    assert ch06.calc_accuracy_loader(toy_loader(tokenizer), model, "cpu", num_batches) == share
+    assert ch06.calc_accuracy_loader(toy_loader(tokenizer), model, "cpu", num_batches) == fraction
     assert not model.training
     assert str(ch06.calc_accuracy_loader([], model, "cpu", num_batches)) == "nan"
+
+
+@pytest.mark.parametrize("mean", [ch06.calc_accuracy_loader, ch06.calc_loss_loader])
+def test_no_batches_give_nan_and_none_means_all(tokenizer, mean):
+    model, loader = Answers([0.0, 1.0]), toy_loader(tokenizer)
+    assert math.isnan(mean(loader, model, "cpu", num_batches=0))
+    assert mean(loader, model, "cpu", num_batches=None) == mean(loader, model, "cpu", num_batches=len(loader))
 
 
 def fine_tune(model, loader, num_epochs=1, **options):
@@ -295,13 +303,13 @@ def test_a_plot_is_returned_closed_and_saved_only_where_asked(tmp_path, monkeypa
     assert (tmp_path / "accuracy.pdf").stat().st_size > 0
 
 
-@pytest.mark.parametrize(("logits", "verdict"), [([0.0, 1.0], "spam"), ([1.0, 0.0], "not spam")])
+@pytest.mark.parametrize(("logits", "label"), [([0.0, 1.0], "spam"), ([1.0, 0.0], "not spam")])
 @pytest.mark.parametrize("max_length", [None, 1, 10, 64, 120])
-def test_every_text_gets_one_of_two_verdicts(classifier, tokenizer, logits, verdict, max_length):
+def test_every_text_gets_one_of_two_labels(classifier, tokenizer, logits, label, max_length):
     nn.init.zeros_(classifier.out_head.weight)
     classifier.out_head.bias.data = torch.tensor(logits)
     for text in ("Hi", "one two three", "more words than the context holds " * 40, "<|endoftext|>"):
-        assert ch06.classify_review(text, classifier, tokenizer, "cpu", max_length) == verdict
+        assert ch06.classify_review(text, classifier, tokenizer, "cpu", max_length) == label
 
 
 @pytest.mark.parametrize(("max_length", "expected"), [

@@ -1,4 +1,4 @@
-"""GPT-2's weights by both roads: parity with Hugging Face's model, and clear errors for bad files."""
+"""GPT-2's weights from both sources: parity with Hugging Face's model, and clear errors for bad files."""
 
 import copy
 import functools
@@ -40,8 +40,8 @@ from gpt_download import (
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def roads(request, tmp_path_factory):
-    """Hugging Face's model of one shape, and the folders of both roads with its weights."""
+def sources(request, tmp_path_factory):
+    """Hugging Face's model of one shape, and the folders of both sources with its weights."""
     settings, folder = SHAPES[request.param], tmp_path_factory.mktemp(request.param)
     model = hugging_faces_model(settings)
     return model, settings, {
@@ -68,10 +68,10 @@ def no_tensorflow(monkeypatch):
 # Parity
 
 
-@pytest.mark.parametrize("road", ["tensorflow", "safetensors"])
-def test_logits_and_greedy_tokens_equal_hugging_faces(roads, road):
-    reference, settings, folders = roads
-    settings, params = load_gpt2(folders[road])
+@pytest.mark.parametrize("source", ["tensorflow", "safetensors"])
+def test_logits_and_greedy_tokens_equal_hugging_faces(sources, source):
+    reference, settings, folders = sources
+    settings, params = load_gpt2(folders[source])
     model = GPTModel(config_from_settings(settings)).eval()
     load_weights_into_gpt(model, params)
     ids = torch.randint(settings["n_vocab"], (2, 11), generator=torch.Generator().manual_seed(4))
@@ -85,8 +85,8 @@ def test_logits_and_greedy_tokens_equal_hugging_faces(roads, road):
     assert torch.equal(generate(model, ids, 20, settings["n_ctx"], use_cache=True), theirs)
 
 
-def test_both_roads_give_the_same_settings_and_params(roads):
-    _, settings, folders = roads
+def test_both_sources_give_the_same_settings_and_params(sources):
+    _, settings, folders = sources
     (settings_1, params_1), (settings_2, params_2) = (load_gpt2(folder) for folder in folders.values())
     assert settings_1 == settings_2 == settings
     assert params_1.keys() == {"blocks", "b", "g", "wpe", "wte"}
@@ -244,7 +244,7 @@ def test_without_tensorflow_its_checkpoint_is_refused_with_the_remedies(toy, tmp
             call()
 
 
-def test_without_tensorflow_the_safetensors_road_is_taken(toy_folder, tmp_path, no_tensorflow):
+def test_without_tensorflow_the_safetensors_file_is_used(toy_folder, tmp_path, no_tensorflow):
     assert gpt_download.preferred_source(tmp_path / "nothing there yet") == "safetensors"
     assert load_gpt2(toy_folder)[0] == SHAPES["toy"]
 
@@ -313,7 +313,7 @@ def test_a_model_is_downloaded_once_then_used_offline(toy, tmp_path, monkeypatch
     assert requested == []
 
 
-def test_beside_a_downloaded_safetensors_file_stand_settings_and_vocabulary(tmp_path):
+def test_settings_and_vocabulary_are_put_beside_a_downloaded_safetensors_file(tmp_path):
     for size, (width, layers, heads) in gpt_download.MODEL_SIZES.items():
         folder = tmp_path / size
         folder.mkdir()

@@ -4,16 +4,16 @@ import importlib.util
 import re
 from collections import Counter, defaultdict
 from itertools import combinations
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from book_assets.table import EMBEDDED_MESSAGES
 from ch06 import create_balanced_dataset, random_split
 
-FOLDER = Path(__file__).resolve().parents[1] / "ch06" / "sample_messages"
+FOLDER = EMBEDDED_MESSAGES.parent
 WORD = re.compile(r"\b\w\w+\b")
 DRAMA_NUMBERS = re.compile(r"07700 900\d{3}|0909 8790\d{3}|0808 1570\d{3}")
 
@@ -43,7 +43,7 @@ def parts(frame):
 
 
 def test_the_generator_writes_the_committed_file_byte_for_byte(generator, messages):
-    written = generator.as_tsv(messages).encode("utf-8")
+    written = generator.format_tsv(messages).encode("utf-8")
     assert written == (FOLDER / "SMSSpamCollection.tsv").read_bytes()
 
 
@@ -62,12 +62,12 @@ def test_balancing_keeps_650_messages_of_each_class(frame, parts):
 
 
 def test_messages_stay_distinct_when_digits_and_names_are_masked(frame, generator):
-    name = re.compile(r"\b(" + "|".join(generator.NAMES) + r")\b", re.IGNORECASE)
+    name = re.compile(rf"\b({generator.LISTS['name']})\b", re.IGNORECASE)
     masked = [" ".join(name.sub("NAME", re.sub(r"\d", "0", text)).lower().split()) for text in frame["Text"]]
     assert len(set(masked)) == len(frame) >= 1200
 
 
-def test_an_opening_or_a_middle_stands_in_one_part_of_the_split_only(messages, parts):
+def test_an_opening_or_a_middle_is_in_one_part_of_the_split_only(messages, parts):
     part_of = {text: name for name, part in parts.items() for text in part["Text"]}
     seen = defaultdict(set)
     for message in messages:
@@ -86,13 +86,13 @@ def test_two_messages_have_at_most_one_fragment_in_common(messages):
 
 def test_fragments_are_distinct_texts(generator):
     fragments = [line for theme in generator.read_themes() for group in theme.groups[:2] for line in group]
-    assert len({generator.masked(fragment) for fragment in fragments}) == len(fragments)
+    assert len({generator.mask(fragment) for fragment in fragments}) == len(fragments)
 
 
 def test_no_test_message_shares_more_than_half_its_words_with_another_part(parts, generator):
-    test = [generator.masked_words(text) for text in parts["test"]["Text"]]
+    test = [generator.words_of(text) for text in parts["test"]["Text"]]
     others = pd.concat([parts["training"], parts["validation"]])
-    rest = [generator.masked_words(text) for text in others["Text"]]
+    rest = [generator.words_of(text) for text in others["Text"]]
     assert max(generator.overlap(words, other) for words in test for other in rest) <= 0.5
 
 

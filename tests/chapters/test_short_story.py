@@ -1,12 +1,9 @@
-"""The short story that stands in for the-verdict.txt in chapter 5's training section."""
-
-from pathlib import Path
+"""The short story that replaces the-verdict.txt in chapter 5's training section."""
 
 from torch.utils.data import DataLoader
 
+from book_assets.table import EMBEDDED_TEXT
 from ch05 import GPTDatasetV1
-
-STORY = Path(__file__).resolve().parents[1] / "ch05" / "short-story.txt"
 
 
 def count_batches(text, tokenizer):
@@ -15,12 +12,12 @@ def count_batches(text, tokenizer):
 
 
 def test_the_story_is_plain_ascii_text():
-    raw = STORY.read_bytes()
+    raw = EMBEDDED_TEXT.read_bytes()
     assert raw.isascii() and b"\r" not in raw and raw.endswith(b"\n")
 
 
 def test_the_story_gives_the_batches_that_the_verdict_gives(tokenizer):
-    text = STORY.read_text(encoding="utf-8")
+    text = EMBEDDED_TEXT.read_text(encoding="utf-8")
     split = int(0.9 * len(text))
     assert count_batches(text[:split], tokenizer) == 9
     assert count_batches(text[split:], tokenizer) == 1

@@ -1,4 +1,4 @@
-"""Write and compare GPT-2's weights in both of their formats, for the tests."""
+"""GPT-2's weights for the tests: random ones, written in both formats, and compared."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import save_file
 
 from book_assets.table import Asset
-from gpt_download import CHECKPOINT_FILES, SAFETENSORS_FILE, SMALL_FILES
+from gpt_download import CHECKPOINT_FILES, LAYER_SHAPES, SAFETENSORS_FILE, SMALL_FILES, store
 
 SHAPES = {
     "small": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12},
@@ -16,8 +16,25 @@ SHAPES = {
 }
 
 
+def random_params(settings, seed=0, std=0.1):
+    """Return normally distributed arrays, gains around 1, in the layout of `download_and_load_gpt2`."""
+    rng = np.random.default_rng(seed)
+    width = settings["n_embd"]
+    params = {"blocks": [{} for _ in range(settings["n_layer"])]}
+    shapes = {"wte": (settings["n_vocab"], width), "wpe": (settings["n_ctx"], width),
+              "ln_f.g": (width,), "ln_f.b": (width,)}
+    for layer in range(settings["n_layer"]):
+        for part, kinds in LAYER_SHAPES.items():
+            for kind, sizes in kinds.items():
+                shapes[f"h{layer}.{part}.{kind}"] = tuple(size * width for size in sizes)
+    for name, shape in shapes.items():
+        array = std * rng.standard_normal(shape, dtype=np.float32)
+        store(params, name.split("."), array + 1 if name.endswith(".g") else array)
+    return params
+
+
 def hugging_faces_model(settings):
-    """GPT2LMHeadModel with random weights, also in biases and norms, which it initialises to 0 and 1."""
+    """Return a GPT2LMHeadModel whose biases and gains are random too, not 0 and 1 as it initialises them."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     names = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}
@@ -38,7 +55,7 @@ def write_hparams(folder, settings):
 
 
 def write_safetensors(folder, model, settings, prefix="", masks=False):
-    """The tensors as Hugging Face names them; its older files also hold the causal masks."""
+    """Write the tensors under Hugging Face's names; its older files also contain the causal masks."""
     tensors = {
         prefix + name: tensor.numpy() for name, tensor in model.transformer.state_dict().items()
     }
@@ -54,7 +71,7 @@ def write_safetensors(folder, model, settings, prefix="", masks=False):
 
 
 def openai_variables(model):
-    """The same weights under OpenAI's variable names, c_attn.w and the like as (1, in, out)."""
+    """Yield (name, array) of the same weights as OpenAI's variables, weights as (1, in, out)."""
     kinds = {"weight": "w", "bias": "b"}
     for name, tensor in model.transformer.state_dict().items():
         *parts, kind = name.split(".")
@@ -70,7 +87,7 @@ def openai_variables(model):
 
 
 def write_tensorflow(folder, model, settings):
-    """OpenAI's folder: checkpoint, model.ckpt.data-…, model.ckpt.index, hparams.json."""
+    """Write OpenAI's folder: checkpoint, model.ckpt.data-…, model.ckpt.index, hparams.json."""
     import tensorflow as tf
 
     names, arrays = zip(*openai_variables(model), strict=True)
@@ -86,7 +103,7 @@ def write_tensorflow(folder, model, settings):
 
 
 def leaves(params, name="params"):
-    """Name → array of everything in `params`."""
+    """Return {name: array} of everything in `params`."""
     if isinstance(params, np.ndarray):
         return {name: params}
     items = enumerate(params) if isinstance(params, list) else params.items()
@@ -102,7 +119,7 @@ def assert_same(params, others):
 
 
 def served_table(folder, address):
-    """The assets of size 124M, with what lies in `folder` under their names."""
+    """Return the table of 124M's assets, with the files in `folder` as their content."""
     table = {}
     for file in (*SMALL_FILES, *CHECKPOINT_FILES, SAFETENSORS_FILE):
         if not (folder / file).exists():
