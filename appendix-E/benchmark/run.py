@@ -1,8 +1,8 @@
 """Time the book's loop, this repository's fast path, and transformers + PEFT, side by side.
 
-    python appendix-E/benchmark/run.py --json speed.json --plot speed.png    # a quarter of an hour on two cores
-    python appendix-E/benchmark/run.py --quick --assets embedded             # three minutes, without downloads
-    python appendix-E/benchmark/run.py --parts accuracy                      # five seeds of each, half an hour
+    python appendix-E/benchmark/run.py --json speed.json --plot speed.png   # a quarter of an hour, two cores
+    python appendix-E/benchmark/run.py --quick --assets embedded            # three minutes, no downloads
+    python appendix-E/benchmark/run.py --parts accuracy                     # five seeds of each, half an hour
 
 Every contender runs in a process of its own; they take turns, round after round, and medians are reported.
 The messages are those of --assets, the model has GPT-2 small's shape. A value with ~ is extrapolated: where
@@ -19,8 +19,10 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+import timeit
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ import torch
 from benchmark.accuracy import compare_accuracy
 from benchmark.report import Measurement, compare, message_flops, plot, table
 from benchmark.sides import CONFIG, TINY, serve, synchronise
-from benchmark.weights import weight_bytes, write_weights
+from benchmark.weights import write_weights
 from book_assets import Choice, get_tokenizer
 from book_assets.downloads import DownloadError
 from fast_path.settings import PRECISIONS
@@ -38,6 +40,7 @@ from finetune_spam import describe_machine
 from spam_classifier.classifier import encode_splits, load_splits
 
 BATCH, PROMPT = 8, 4
+MESSAGES = {"book": "SMS Spam Collection", "embedded": "embedded messages"}
 MATRIX_WIDTH = {"cpu": 2048, "mps": 2048, "cuda": 8192}  # of the product that measures the machine's peak
 PARTS = ("training", "generation", "memory", "loading", "accuracy")
 
@@ -73,7 +76,7 @@ class Contender:
         return self.do(method, *arguments)[0]
 
     def close(self):
-        if self.process.is_alive():
+        with suppress(OSError):  # the process may have ended
             self.connection.send(None)
         self.process.join()
 
@@ -111,13 +114,7 @@ def measure_machine(device, width):
     long, vector = torch.randn(65536, 1024, device=device), torch.randn(65536, device=device)
 
     def best(work):
-        times = []
-        for _ in range(6):
-            began = time.perf_counter()
-            work()
-            synchronise(device)
-            times.append(time.perf_counter() - began)
-        return min(times)
+        return min(timeit.repeat(lambda: (work(), synchronise(device)), number=1, repeat=6))
 
     float32 = best(lambda: square @ square)
     return {
@@ -133,6 +130,7 @@ class Benchmark:
     def __init__(self, args):
         self.args, self.config, self.rounds = args, TINY if args.tiny else CONFIG, 2 if args.quick else 5
         self.measurements, self.percentages, self.accuracies = [], {}, []
+        self.data = MESSAGES[args.assets.data]
         self.encoded = encode_splits(load_splits(args.assets), get_tokenizer(), 256)  # gpt2-tiny's context
         self.train, self.validation = self.encoded["train"][0], self.encoded["validation"][0]
         self.lengths = [len(ids) for ids in self.train]
@@ -206,14 +204,9 @@ class Benchmark:
         with self.started("start_generating") as contenders:
             for contender in contenders.values():  # warm-up
                 contender.do("generate", 1, PROMPT, 2)
-            for batch in (1, BATCH):
-                for count in self.token_counts(batch):
-                    self.add_generation(contenders, batch, count)
-
-    def token_counts(self, batch):
-        if self.args.quick:
-            return (20, 200) if batch == 1 else (20,)
-        return (20, 200, 800)
+            pairs = product((1, BATCH), (20, 200, 800))
+            for batch, count in ((1, 20), (1, 200), (BATCH, 20)) if self.args.quick else pairs:
+                self.add_generation(contenders, batch, count)
 
     def add_generation(self, contenders, batch, count):
         """Measure `batch` texts of `count` new tokens each."""
@@ -241,13 +234,13 @@ class Benchmark:
     def loading(self):
         """Measure the seconds from the weights' safetensors file, in the system's cache, to a first token."""
         with tempfile.TemporaryDirectory() as folder:
-            write_weights(Path(folder), self.config)
+            size = write_weights(Path(folder), self.config)
             with self.started("load", folder) as contenders:  # the first load, which imports, is not counted
                 times = {name: [] for name in contenders}
                 for _ in range(self.rounds):
                     for name, contender in contenders.items():
                         times[name].append(contender.seconds("load", folder))
-        self.add("loading the weights, to a token", times, "s", bytes=weight_bytes(self.config))
+        self.add("loading the weights, to a token", times, "s", bytes=size)
 
     def accuracy(self):
         """Compare the test accuracies of the printed loop and of ours on gpt2-tiny, seed by seed."""
@@ -308,10 +301,9 @@ def run(args):
             getattr(benchmark, part)()
         except ContenderError as error:  # what has been measured is kept
             print(f"{part} was given up: {error}", file=sys.stderr)
-    data = {"book": "SMS Spam Collection", "embedded": "embedded messages"}[args.assets.data]
     return {
         "machine": machine | describe_machine(device),
-        "messages": {"data": data, "count": len(benchmark.train), "padding": benchmark.padding(),
+        "messages": {"data": benchmark.data, "count": len(benchmark.train), "padding": benchmark.padding(),
                      "mean_tokens": float(np.mean(benchmark.lengths)), "longest": max(benchmark.lengths)},
         "precision": choose_precision(device), "quick": args.quick, "tiny": args.tiny,
         "rows": compare(benchmark.measurements, machine, benchmark.config),

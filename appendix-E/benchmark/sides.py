@@ -150,8 +150,7 @@ class Fast(Book):
             if event.device_type != torch.autograd.DeviceType.CPU:
                 continue  # a kernel: its time is also that of the operation that started it
             kinds = (kind for kind, names in OPERATIONS.items() if event.key.startswith(names))
-            on_gpu = self.device.type == "cuda"
-            own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            own = event.self_cpu_time_total if self.device.type != "cuda" else event.self_device_time_total
             seconds[next(kinds, "everything else")] += own
         return {kind: 100 * own / sum(seconds.values()) for kind, own in seconds.items()}
 

@@ -11,26 +11,21 @@ def weight_shapes(config):
     width = config["emb_dim"]
     yield "wte.weight", (config["vocab_size"], width)
     yield "wpe.weight", (config["context_length"], width)
+    norms = ["ln_f"]
     for layer in range(config["n_layers"]):
         for name, n_in, n_out in (
             ("attn.c_attn", 1, 3), ("attn.c_proj", 1, 1), ("mlp.c_fc", 1, 4), ("mlp.c_proj", 4, 1),
         ):
             yield f"h.{layer}.{name}.weight", (n_in * width, n_out * width)
             yield f"h.{layer}.{name}.bias", (n_out * width,)
-        for norm in ("ln_1", "ln_2"):
-            yield f"h.{layer}.{norm}.weight", (width,)
-            yield f"h.{layer}.{norm}.bias", (width,)
-    yield "ln_f.weight", (width,)
-    yield "ln_f.bias", (width,)
-
-
-def weight_bytes(config):
-    """Return the size of the float32 tensors in bytes."""
-    return 4 * sum(int(np.prod(shape)) for _, shape in weight_shapes(config))
+        norms += [f"h.{layer}.ln_1", f"h.{layer}.ln_2"]
+    for norm in norms:
+        yield f"{norm}.weight", (width,)
+        yield f"{norm}.bias", (width,)
 
 
 def write_weights(folder, config):
-    """Write random weights into `folder` so that `gpt_download.load_gpt2` and transformers both read them."""
+    """Write random weights that `gpt_download.load_gpt2` and transformers read from `folder`; return bytes."""
     rng = np.random.default_rng(123)
     tensors = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in weight_shapes(config)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -42,3 +37,4 @@ def write_weights(folder, config):
         ("config.json", {"model_type": "gpt2", "vocab_size": vocabulary, "n_positions": context}),
     ):
         (folder / file).write_text(json.dumps(values | sizes), encoding="utf-8")
+    return sum(array.nbytes for array in tensors.values())

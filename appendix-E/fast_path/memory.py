@@ -2,8 +2,9 @@
 
 import ctypes
 import os
+import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -58,27 +59,19 @@ def peak_memory(function, device):
         torch.cuda.reset_peak_memory_stats(device)
         function()
         return torch.cuda.max_memory_allocated(device)
-    forget_peak()
+    with suppress(OSError):  # Linux, if permitted, forgets the earlier peak
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     function()
     return resident_peak()
 
 
 def resident_peak():
-    """Return the peak resident bytes of this process, since `forget_peak` on Linux; None if unknown."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024
+    """Return the peak resident bytes of this process, None if unknown."""
+    if sys.platform.startswith("linux"):
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-def forget_peak():
-    """Let Linux measure the peak from now on; elsewhere, or without permission, do nothing."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    except OSError:
-        pass
