@@ -1,194 +1,173 @@
-"""What `benchmark.py` writes: floors, ratios, the table, the figure, and a file of random weights."""
+"""Measurements of the contenders, the machine's roofline for them, ratios, the table and the figure."""
 
-import json
+import statistics
+from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 NAMES = {"book": "book's loop", "ours": "ours", "hf": "transformers + PEFT", "compiled": "ours, compiled"}
 
 
 def block_parameters(config):
-    """Weights of one transformer block's matrices: 12 D²."""
+    """Return the number of weights in the matrices of one transformer block: 12 D²."""
     return 12 * config["emb_dim"] ** 2
 
 
 def message_flops(config, messages):
-    """Operations of one forward pass that no side can spare, for all `messages`; backward takes as many.
+    """Return the operations that one forward pass over `messages` needs at least; backward needs as many.
 
-    Two a weight and real token; of the last block, keys and values at all tokens (2 D² of its 12 D²)
-    and the rest at the last token alone. Attention's own products (about 1%) and adapters (4%) are left out.
+    Two per weight and real token; of the last block, keys and values at all tokens (2 D² of its 12 D²)
+    and the rest at the last token only. Attention's own products (about 1%) and adapters (4%) are left out.
     """
-    tokens, block = sum(len(ids) for ids in messages), block_parameters(config)
-    last = (tokens * 2 + len(messages) * 10) / 12
-    return 2 * block * ((config["n_layers"] - 1) * tokens + last)
+    tokens = sum(len(ids) for ids in messages)
+    last_block = (tokens * 2 + len(messages) * 10) / 12
+    return 2 * block_parameters(config) * ((config["n_layers"] - 1) * tokens + last_block)
 
 
 def token_seconds(config, machine, batch):
-    """Seconds that no side can spare for one token of each of `batch` texts: weights read, or products."""
+    """Return the least seconds for one token of each of `batch` texts: to read the weights, or to compute."""
     weights = config["n_layers"] * block_parameters(config) + config["vocab_size"] * config["emb_dim"]
     return max(4 * weights / machine["bytes_per_second"], 2 * weights * batch / machine["float32_flops"])
 
 
-def floor_seconds(row, machine, config):
-    """Seconds that a unit of `row` takes at the machine's measured best, None where there is no floor.
+@dataclass
+class Measurement:
+    """What one contender reached in each round, and what one unit of it needs at least.
 
-    Takes out of the row what a unit needs: "flops", "bytes" read, or "tokens", one for each of so many texts.
+    `unit` is "s", "MiB" or a rate that ends in "/s". `flops` are operations, `bytes` are read from memory,
+    `tokens` says that the unit is a token, generated for so many texts at once.
     """
-    if flops := row.pop("flops", None):
-        return flops / machine["float32_flops" if row["side"] == "book" else "flops"]
-    if size := row.pop("bytes", None):
-        return size / machine["bytes_per_second"]
-    if batch := row.pop("tokens", None):
-        return token_seconds(config, machine, batch) / batch
-    return None
+
+    what: str
+    contender: str
+    values: list
+    unit: str
+    flops: float | None = None
+    bytes: int | None = None
+    tokens: int | None = None
+    extrapolated: bool = False
+
+    @property
+    def value(self):
+        """The median over the rounds."""
+        return statistics.median(self.values)
+
+    @property
+    def is_rate(self):
+        return self.unit.endswith("/s")
+
+    def ratio(self, other):
+        """Return how many times as good as `other` this is: above 1 is faster, or less memory."""
+        return self.value / other.value if self.is_rate else other.value / self.value
+
+    def roofline(self, machine, config):
+        """Return the seconds that one unit takes at the machine's measured peak, None if not defined."""
+        if self.flops:
+            return self.flops / machine["float32_flops" if self.contender == "book" else "flops"]
+        if self.bytes:
+            return self.bytes / machine["bytes_per_second"]
+        return token_seconds(config, machine, self.tokens) / self.tokens if self.tokens else None
+
+    def roofline_fraction(self, machine, config):
+        """Return the roofline's seconds as a fraction of the measured ones, None if not defined."""
+        seconds = self.roofline(machine, config)
+        return seconds and (seconds * self.value if self.is_rate else seconds / self.value)
 
 
-def finish(report, config):
-    """Add to every row its share of the floor and its ratios to the other sides, in place.
+def compare(measurements, machine, config):
+    """Return one dictionary per measurement: its value, its ratios to others, its fraction of the roofline.
 
-    "times_book_at_floor" is the ratio that a side would reach if it spent no time but the floor's.
+    "times_book_at_roofline" is the ratio that the contender would reach at the roofline.
     """
-    rows = report["rows"]
-    values = {(row["what"], row["side"]): row["value"] for row in rows}
-    for row in rows:
-        is_rate = row["unit"].endswith("/s")
-        for other, key in (("book", "times_book"), ("hf", "times_hf")):
-            if (row["what"], other) in values and other != row["side"]:
-                ratio = row["value"] / values[row["what"], other]
-                row[key] = ratio if is_rate else 1 / ratio
-        if floor := floor_seconds(row, report["machine"], config):
-            row["floor_share"] = floor * row["value"] if is_rate else floor / row["value"]
+    found = {(m.what, m.contender): m for m in measurements}
+    rows = []
+    for m in measurements:
+        row = {"what": m.what, "contender": m.contender, "value": m.value, "unit": m.unit,
+               "extrapolated": m.extrapolated, "rounds": [float(f"{value:.5g}") for value in m.values]}
+        for name in ("book", "hf"):
+            if (m.what, name) in found and name != m.contender:
+                row[f"times_{name}"] = m.ratio(found[m.what, name])
+        if fraction := m.roofline_fraction(machine, config):
+            row["roofline_fraction"] = fraction
             if "times_book" in row:
-                row["times_book_at_floor"] = row["times_book"] / row["floor_share"]
+                row["times_book_at_roofline"] = row["times_book"] / fraction
+        rows.append(row)
+    return rows
 
 
 def table(report):
-    """Return a Markdown table, a line a measurement, with what it was measured on above it."""
-    machine, messages, low = report["machine"], report["messages"], report["precision"]
-    rates = {"float32": machine["float32_flops"], low: machine["flops"]}
+    """Return the report as Markdown: messages, machine, and a table with one line per measurement."""
+    machine, messages, precision = report["machine"], report["messages"], report["precision"]
+    rates = {"float32": machine["float32_flops"], precision: machine["flops"]}
     peaks = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in rates.items())
     lines = [
         f"{messages['count']} messages, {messages['data']}: mean {messages['mean_tokens']:.1f} tokens, "
         f"longest {messages['longest']}; grouped by length, {messages['padding']:.1%} padding.",
-        f"{machine['processor']}, {machine['device']}, {machine['threads']} threads, "
+        f"{machine['processor']}, {machine['device']}, {machine['threads']} thread(s), "
         f"torch {machine['torch']}: matrix products {peaks}, memory {machine['bytes_per_second'] / 1e9:.1f} "
-        f"GB/s; ours and transformers train in {low}.",
+        f"GB/s; ours and transformers train in {precision}.",
     ]
-    if report["rows"] and not any(row["side"] == "hf" for row in report["rows"]):
-        lines.append("The third side did not run; if it is missing: pip install transformers peft.")
-    if report["rows"]:
-        lines += row_lines(report["rows"])
-    lines.append("")
-    if shares := report.get("shares"):
-        listed = ", ".join(f"{share:.1f} % {kind}" for kind, share in shares.items())
+    rows = report["rows"]
+    if rows and not any(row["contender"] == "hf" for row in rows):
+        lines.append("transformers + PEFT did not run; to install them: pip install transformers peft.")
+    lines += [*row_lines(rows), ""]
+    if percentages := report["percentages"]:
+        listed = ", ".join(f"{value:.1f} % {kind}" for kind, value in percentages.items())
         lines += [f"Our training step's time: {listed}.", ""]
-    lines += accuracy_lines(report.get("accuracies", []))
-    note = "; ~ extrapolated from the token halfway" if any(map(is_extrapolated, report["rows"])) else ""
+    lines += accuracy_lines(report["accuracies"])
+    note = "; ~ extrapolated from the token halfway" if any(row["extrapolated"] for row in rows) else ""
     return "\n".join([*lines, f"{report['seconds'] / 60:.1f} minutes{note}."])
 
 
-def is_extrapolated(row):
-    return row.get("extrapolated", False)
-
-
 def row_lines(rows):
-    """Return a Markdown table, a line a row."""
+    """Return a Markdown table of `compare`'s rows, as a list of lines; [] without rows."""
+    if not rows:
+        return []
     lines = [
-        "", "| | side | median | times the book's | times transformers + PEFT | share of the floor "
-        "| times the book's at the floor |", "|---|---|--:|--:|--:|--:|--:|",
+        "", "| | contender | median | times the book's | times transformers + PEFT | percent of roofline "
+        "| times the book's at the roofline |", "|---|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        value = f"{'~' if is_extrapolated(row) else ''}{row['value']:.4g} {row['unit']}"
+        value = f"{'~' if row['extrapolated'] else ''}{row['value']:.4g} {row['unit']}"
         ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("times_book", "times_hf")]
-        share = f"{row['floor_share']:.0%}" if "floor_share" in row else ""
-        best = f"{row['times_book_at_floor']:.1f}" if "times_book_at_floor" in row else ""
-        lines.append("| " + " | ".join((row["what"], NAMES[row["side"]], value, *ratios, share, best)) + " |")
+        percent = f"{row['roofline_fraction']:.0%}" if "roofline_fraction" in row else ""
+        best = f"{row['times_book_at_roofline']:.1f}" if "times_book_at_roofline" in row else ""
+        cells = (row["what"], NAMES[row["contender"]], value, *ratios, percent, best)
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def accuracy_lines(runs):
-    """Return a Markdown table of the test accuracies, a line a seed, and one with means and spreads."""
+    """Return a Markdown table of the test accuracies: one line per seed, then mean and standard deviation."""
     if not runs:
         return []
-    runs = pd.DataFrame(runs)
+    runs = pd.DataFrame(runs).set_index("seed")
     points = 100 * runs[["book", "ours"]].assign(difference=runs["ours"] - runs["book"])
-    lines = ["| gpt2-tiny, seed | printed loop | ours | difference | seconds: printed loop | ours |",
-             "|---|--:|--:|--:|--:|--:|"]
-    for run, (book, ours, difference) in zip(runs.itertuples(), points.to_numpy()):
-        lines.append(f"| {run.seed} | {book:.2f} % | {ours:.2f} % | {difference:+.2f} "
-                     f"| {run.book_seconds:.0f} | {run.ours_seconds:.0f} |")
-    if len(runs) > 1:
-        cells = [f"{points[name].mean():.2f} ± {points[name].std():.2f}" for name in points]
-        seconds = [f"{runs[name].mean():.0f}" for name in ("book_seconds", "ours_seconds")]
-        lines.append("| mean ± standard deviation | " + " | ".join(cells + seconds) + " |")
-    return [*lines, ""]
+    rows = points.join(runs[["book_seconds", "ours_seconds"]])
+    if len(rows) > 1:
+        rows = pd.concat([rows, rows.agg(["mean", "std"]).set_axis(["mean", "standard deviation"])])
+    cells = "| {} | {:.2f} % | {:.2f} % | {:.2f} | {:.0f} | {:.0f} |"
+    return [
+        "| gpt2-tiny, seed | printed loop | ours | ours − printed loop | seconds: printed loop | ours |",
+        "|---|--:|--:|--:|--:|--:|", *(cells.format(*row) for row in rows.itertuples()), "",
+    ]
 
 
-def plot(report, path):
-    """Save a bar chart of every measurement's ratio to the book's loop (log scale)."""
-    import matplotlib
+def plot(rows, path):
+    """Save a bar chart of every row's ratio to the book's loop (log scale)."""
+    import matplotlib  # not for the contenders' processes
 
     matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in report["rows"] if "times_book" in row and row["side"] in ("ours", "hf")]
-    whats = list(dict.fromkeys(row["what"] for row in rows))
-    fig, ax = plt.subplots(figsize=(7, 0.45 * len(whats) + 1.2), layout="constrained")
-    for offset, (side, colour) in enumerate((("ours", "tab:blue"), ("hf", "tab:orange"))):
-        chosen = [row for row in rows if row["side"] == side]
-        places = [whats.index(row["what"]) + 0.4 * offset for row in chosen]
-        bars = ax.barh(places, [row["times_book"] for row in chosen], 0.38, label=NAMES[side], color=colour)
+    rows = pd.DataFrame([row for row in rows if "times_book" in row and row["contender"] in ("ours", "hf")])
+    ratios = rows.pivot(index="what", columns="contender", values="times_book")
+    ratios = ratios.loc[rows["what"].unique(), [name for name in ("ours", "hf") if name in ratios]]
+    ax = ratios.rename(columns=NAMES).plot.barh(figsize=(7, 0.45 * len(ratios) + 1.2), width=0.8, logx=True)
+    for bars in ax.containers:
         ax.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
-    ax.set_yticks([place + 0.2 for place in range(len(whats))], whats)
     ax.invert_yaxis()
-    ax.set_xscale("log")
     ax.margins(x=0.12, y=0.02)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.axvline(1, color="black", linewidth=0.8)
-    ax.set_xlabel("times better than the book's loop")
+    ax.set(xlabel="times the book's loop (more is better)", ylabel="")
     ax.legend()
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
-
-
-def weight_shapes(config):
-    """Names and shapes of the tensors in Hugging Face's GPT-2 file."""
-    width = config["emb_dim"]
-    yield "wte.weight", (config["vocab_size"], width)
-    yield "wpe.weight", (config["context_length"], width)
-    for layer in range(config["n_layers"]):
-        for name, n_in, n_out in (
-            ("attn.c_attn", 1, 3), ("attn.c_proj", 1, 1), ("mlp.c_fc", 1, 4), ("mlp.c_proj", 4, 1),
-        ):
-            yield f"h.{layer}.{name}.weight", (n_in * width, n_out * width)
-            yield f"h.{layer}.{name}.bias", (n_out * width,)
-        for norm in ("ln_1", "ln_2"):
-            yield f"h.{layer}.{norm}.weight", (width,)
-            yield f"h.{layer}.{norm}.bias", (width,)
-    yield "ln_f.weight", (width,)
-    yield "ln_f.bias", (width,)
-
-
-def weight_bytes(config):
-    return 4 * sum(int(np.prod(shape)) for _, shape in weight_shapes(config))
-
-
-def write_weights(folder, config):
-    """Write random weights as a folder that both `gpt_download.load_gpt2` and transformers read."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in weight_shapes(config):
-        start, end = end, end + 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    rng = np.random.default_rng(123)
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, shape in weight_shapes(config):
-            file.write(rng.standard_normal(shape, dtype=np.float32).tobytes())
-    keys = {"n_embd": "emb_dim", "n_head": "n_heads", "n_layer": "n_layers"}
-    sizes = {key: config[ours] for key, ours in keys.items()}
-    hparams = {"n_vocab": config["vocab_size"], "n_ctx": config["context_length"], **sizes}
-    (folder / "hparams.json").write_text(json.dumps(hparams), encoding="utf-8")
-    hf = {"vocab_size": config["vocab_size"], "n_positions": config["context_length"], **sizes}
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **hf}), encoding="utf-8")
+    ax.figure.savefig(path, dpi=150, bbox_inches="tight")

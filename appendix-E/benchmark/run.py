@@ -1,13 +1,13 @@
 """Time the book's loop, this repository's fast path, and transformers + PEFT, side by side.
 
-    python appendix-E/benchmark/run.py [--quick] [--json FILE] [--plot FILE] [--device cuda] [--data-dir DIR]
-    python appendix-E/benchmark/run.py --parts accuracy          # five seeds of either way, half an hour
+    python appendix-E/benchmark/run.py --json speed.json --plot speed.png   # a quarter of an hour, two cores
+    python appendix-E/benchmark/run.py --quick --assets embedded            # three minutes, no downloads
+    python appendix-E/benchmark/run.py --parts accuracy                     # five seeds of each, half an hour
 
-Every side runs in a process of its own; they take turns, round after round, and medians are reported.
-The messages have the real length distribution: the SMS Spam Collection's in DIR (or BOOK_DATA), else the
-embedded messages'. The model has GPT-2 small's shape. About a quarter of an hour on two cores, three
-minutes with --quick. A value with ~ is extrapolated: the book's loop, where it would take too long, at n
-times the token halfway, which flatters it: its cost a token grows faster than its length.
+Every contender runs in a process of its own; they take turns, round after round, and medians are reported.
+The messages are those of --assets, the model has GPT-2 small's shape. A value with ~ is extrapolated: where
+the book's loop would take too long, its time for n tokens is n times that of the token halfway. This flatters
+it, since the cost of a token grows faster than the text's length.
 """
 
 import argparse
@@ -15,256 +15,244 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+import timeit
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import benchmark.report as benchmark_report
+from benchmark.accuracy import compare_accuracy
+from benchmark.report import Measurement, compare, message_flops, plot, table
 from benchmark.sides import CONFIG, TINY, serve, synchronise
-from fast_path.training import PRECISIONS, choose_precision, length_batches
+from benchmark.weights import write_weights
+from book_assets import Choice, get_tokenizer
+from book_assets.downloads import DownloadError
+from fast_path.settings import PRECISIONS
+from fast_path.training import choose_precision, length_batches
+from finetune_spam import describe_machine
+from spam_classifier.classifier import encode_splits, load_splits
 
 BATCH, PROMPT = 8, 4
-MEASURED = ("training", "generation", "memory", "loading", "accuracy")
+MESSAGES = {"book": "SMS Spam Collection", "embedded": "embedded messages"}
+MATRIX_WIDTH = {"cpu": 2048, "mps": 2048, "cuda": 8192}  # of the product that measures the machine's peak
+PARTS = ("training", "generation", "memory", "loading", "accuracy")
 
 
-class SideError(RuntimeError):
-    """A side's process failed or ended."""
+class ContenderError(RuntimeError):
+    """A contender's process failed or ended."""
 
 
-class Side:
-    """A process that runs one side; `do(method, …)` returns its (seconds, result)."""
+class Contender:
+    """A process that runs one contender; `do(method, …)` returns its (seconds, result)."""
 
-    def __init__(self, name, args, width):
+    def __init__(self, name, device, config, width, threads=None):
         context = multiprocessing.get_context("spawn")
         self.name, (self.connection, theirs) = name, context.Pipe()
-        config = TINY if args.tiny else CONFIG
         self.process = context.Process(
-            target=serve, args=(theirs, name, args.device, config, width, args.threads), daemon=True
+            target=serve, args=(theirs, name, device, config, width, threads), daemon=True
         )
         self.process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
+        theirs.close()  # so that the pipe ends when the process does
 
     def do(self, method, *arguments):
+        """Raises ContenderError if the method raises an error or the process ends."""
         try:
             self.connection.send((method, arguments))
             answer = self.connection.recv()
         except (EOFError, OSError):
-            raise SideError(f"{self.name} ended in {method}, perhaps for lack of memory") from None
+            raise ContenderError(f"{self.name} ended in {method}, perhaps for lack of memory") from None
         if isinstance(answer, Exception):
-            raise SideError(f"{self.name} failed in {method}: {answer!r}") from answer
+            raise ContenderError(f"{self.name} failed in {method}: {answer!r}") from answer
         return answer
 
     def seconds(self, method, *arguments):
         return self.do(method, *arguments)[0]
 
     def close(self):
-        if self.process.is_alive():
+        with suppress(OSError):  # the process may have ended
             self.connection.send(None)
         self.process.join()
 
 
-def find_messages(data_dir):
-    """Return `encode_split`'s training, validation and test part, and the data's name."""
-    from book_assets import get_tokenizer
-    from book_assets.table import EMBEDDED_MESSAGES
-    from ch06 import read_messages
-    from spam_classifier.classifier import balanced, book_split, encode_split
-
-    named = data_dir or os.environ.get("BOOK_DATA")
-    folder = Path(named or ".")
-    names = ("SMSSpamCollection.tsv", "SMSSpamCollection")
-    found = [path for name in names for path in sorted(folder.glob(f"sms_spam_collection/{name}"))]
-    found += [folder / name for name in names if (folder / name).is_file()]
-    if named and not found:
-        raise SystemExit(f"no {names[0]} in {folder}: name another folder, or none for the embedded messages")
-    messages = balanced(read_messages(found[0] if found else EMBEDDED_MESSAGES))
-    split = encode_split(book_split(messages), get_tokenizer(), 256)  # gpt2-tiny's context
-    return split, "SMS Spam Collection" if found else "embedded messages"
-
-
 def strata(items, count, key):
-    """Return `count` items that stand in the middles of equal strata by `key`."""
+    """Return `count` of the items, those at the midpoints of equal quantile bins by `key`."""
     items = sorted(items, key=key)
     return [items[int((number + 0.5) * len(items) / count)] for number in range(count)]
 
 
-def measure_machine(device, side):
+def count_tokens(messages):
+    return sum(len(ids) for ids in messages)
+
+
+def epoch_rate(name, train, batches, validation, step, evaluate):
+    """Return the training examples per second of an epoch with the evaluations that belong to it.
+
+    `train` and `validation` messages, `batches` steps of `step` seconds, `evaluate` seconds per message.
+    """
+    if name == "book":  # drops the last batch; losses of 5 + 5 batches every 50 steps, accuracies of 5 + 5
+        batches = train // BATCH
+        train = batches * BATCH
+        validation = BATCH * (10 * batches / 50 + 10)
+    return train / (batches * step + validation * evaluate)
+
+
+def measure_machine(device, width):
     """Return the best matrix products (FLOP/s) and memory reading (bytes/s) of several tries.
 
-    "flops" is in the precision that ours and transformers train in, "float32_flops" in the book's.
+    The matrices are (width, width). "flops" is in the precision that ours and transformers train in,
+    "float32_flops" in the book's.
     """
-    square, precision = torch.randn(side, side, device=device), choose_precision(device)
+    square, precision = torch.randn(width, width, device=device), choose_precision(device)
     low = square.to(PRECISIONS[precision])
     long, vector = torch.randn(65536, 1024, device=device), torch.randn(65536, device=device)
 
     def best(work):
-        times = []
-        for _ in range(6):
-            began = time.perf_counter()
-            work()
-            synchronise(device)
-            times.append(time.perf_counter() - began)
-        return min(times)
+        return min(timeit.repeat(lambda: (work(), synchronise(device)), number=1, repeat=6))
 
     float32 = best(lambda: square @ square)
     return {
-        "float32_flops": 2 * side**3 / float32,
-        "flops": 2 * side**3 / (float32 if precision == "float32" else best(lambda: low @ low)),
+        "float32_flops": 2 * width**3 / float32,
+        "flops": 2 * width**3 / (float32 if precision == "float32" else best(lambda: low @ low)),
         "bytes_per_second": 4 * long.numel() / min(best(lambda: vector @ long), best(long.sum)),
     }
 
 
 class Benchmark:
-    """The messages and what was measured on them: rows (what, side, values, …), shares, accuracies."""
+    """The messages and what was measured on them: measurements, percentages of a step, accuracies."""
 
     def __init__(self, args):
-        self.args, self.rows, self.shares, self.accuracies = args, [], {}, []
-        self.split, self.data = find_messages(args.data_dir)
-        self.train, self.validation = self.split["train"][0], self.split["validation"][0]
+        self.args, self.config, self.rounds = args, TINY if args.tiny else CONFIG, 2 if args.quick else 5
+        self.measurements, self.percentages, self.accuracies = [], {}, []
+        self.data = MESSAGES[args.assets.data]
+        self.encoded = encode_splits(load_splits(args.assets), get_tokenizer(), 256)  # gpt2-tiny's context
+        self.train, self.validation = self.encoded["train"][0], self.encoded["validation"][0]
         self.lengths = [len(ids) for ids in self.train]
         batches = length_batches(self.lengths, BATCH, seed=123)
         self.batches = [[self.train[index] for index in indices] for indices in batches]
-        self.names = [name for name in args.sides if name != "hf" or has_hugging_face()]
-        self.rounds = 2 if args.quick else 5
+        self.names = [name for name in args.contenders if name != "hf" or has_hugging_face()]
 
-    def row(self, what, side, values, unit, **more):
-        self.rows.append({"what": what, "side": side, "value": statistics.median(values), "unit": unit,
-                          "rounds": [float(f"{value:.5g}") for value in values], **more})
+    def add(self, what, values, unit, **needs):
+        """Add a measurement for each contender in `values`, a dictionary of its values in all rounds."""
+        self.measurements += [Measurement(what, name, list(v), unit, **needs) for name, v in values.items()]
 
     @contextmanager
     def started(self, method, *arguments, names=None):
-        """Give the sides by name, each in its process and after `method`; end them afterwards."""
-        sides = {name: Side(name, self.args, max(self.lengths)) for name in names or self.names}
+        """Give the contenders by name, each in its process and after `method`; end them afterwards."""
+        contenders = {
+            name: Contender(name, self.args.device, self.config, max(self.lengths), self.args.threads)
+            for name in names or self.names
+        }
         try:
-            for side in sides.values():
-                side.do(method, *arguments)
-            yield sides
+            for contender in contenders.values():
+                contender.do(method, *arguments)
+            yield contenders
         finally:
-            for side in sides.values():
-                side.close()
+            for contender in contenders.values():
+                contender.close()
 
     def training(self):
-        """Examples a second over an epoch of training steps and the evaluations that belong to it."""
+        """Measure training steps and evaluation; from both follows an epoch with its evaluations."""
         chosen = strata(self.batches, 3 if self.args.quick else 6, key=count_tokens)
         held_out = strata(self.validation, 16 if self.args.quick else 48, key=len)[::-1]  # the longest first
         names = [*self.names, *(["compiled"] if self.args.compile else [])]
-        steps, evaluations = {name: [] for name in names}, {name: [] for name in names}
-        with self.started("start_training", names=names) as sides:
-            for name, side in sides.items():
-                first = sum(side.seconds("step", batch) for batch in (chosen[0], chosen[-1]))
+        with self.started("start_training", names=names) as contenders:
+            for name, contender in contenders.items():
+                first = sum(contender.seconds("step", batch) for batch in (chosen[0], chosen[-1]))
                 if name == "compiled":
-                    self.row("warm-up of torch.compile", name, [first], "s")
-            for _ in range(self.rounds):
-                for name, side in sides.items():
-                    alike = name == "book"  # padded, every batch costs it the same
-                    batches, messages = (chosen[:1], held_out[:BATCH]) if alike else (chosen, held_out)
-                    steps[name].append(statistics.mean([side.seconds("step", batch) for batch in batches]))
-                    evaluations[name].append(side.seconds("evaluate", messages) / len(messages))
-            if "ours" in sides:
-                self.profile(sides["ours"], chosen)
-        one = benchmark_report.message_flops(self.config, held_out) / len(held_out)
-        epoch = 2 * benchmark_report.message_flops(self.config, self.train) / len(self.train)
-        epoch += benchmark_report.message_flops(self.config, self.validation) / len(self.train)
-        step = 2 * statistics.mean(benchmark_report.message_flops(self.config, batch) for batch in chosen)
-        for name in names:
-            self.row("training step", name, steps[name], "s", flops=step)
-        for name in names:
-            rates = [self.epoch_rate(name, *pair) for pair in zip(steps[name], evaluations[name])]
-            self.row("training, whole epoch", name, rates, "examples/s", flops=epoch)
-        for name in names:
-            rates = [1 / seconds for seconds in evaluations[name]]
-            self.row("evaluation", name, rates, "examples/s", flops=one)
+                    self.add("warm-up of torch.compile", {name: [first]}, "s")
+            steps, evaluations = self.time_training(contenders, chosen, held_out)
+            if "ours" in contenders:
+                self.percentages = contenders["ours"].do("profile", chosen)[1]
+                self.percentages["of the step waiting for data"] = contenders["ours"].do("waiting", chosen)[1]
+        self.add_training(steps, evaluations, chosen, held_out)
 
-    def profile(self, side, batches):
-        """Where the time of our training steps goes."""
-        before = side.do("data_seconds")[1]
-        seconds = sum(side.seconds("step", batch) for batch in batches)
-        data = side.do("data_seconds")[1] - before
-        self.shares = side.do("profile", batches)[1] | {"of the step waiting for data": 100 * data / seconds}
+    def time_training(self, contenders, batches, messages):
+        """Return two dictionaries by name: seconds of a step and of one evaluated message, in every round."""
+        steps, evaluations = {name: [] for name in contenders}, {name: [] for name in contenders}
+        for _ in range(self.rounds):
+            for name, contender in contenders.items():
+                alike = name == "book"  # padded, every batch takes it the same time
+                some, texts = (batches[:1], messages[:BATCH]) if alike else (batches, messages)
+                steps[name].append(statistics.mean([contender.seconds("step", batch) for batch in some]))
+                evaluations[name].append(contender.seconds("evaluate", texts) / len(texts))
+        return steps, evaluations
 
-    @property
-    def config(self):
-        return TINY if self.args.tiny else CONFIG
-
-    def epoch_rate(self, name, step, evaluate):
-        """Examples a second from the seconds of a step and of one evaluated message."""
-        if name == "book":  # losses of 5 + 5 batches every 50 steps, accuracies of 5 + 5 at the end
-            steps = len(self.train) // BATCH
-            messages = BATCH * (10 * steps / 50 + 10)
-            return steps * BATCH / (steps * step + messages * evaluate)
-        seconds = len(self.batches) * step + len(self.validation) * evaluate  # all of the validation set
-        return len(self.train) / seconds
+    def add_training(self, steps, evaluations, batches, messages):
+        """Add the measurements of `time_training`, with the operations that they need."""
+        flops = partial(message_flops, self.config)
+        sizes = len(self.train), len(self.batches), len(self.validation)
+        rates = {
+            name: [epoch_rate(name, *sizes, *pair) for pair in zip(steps[name], evaluations[name])]
+            for name in steps
+        }
+        epoch = (2 * flops(self.train) + flops(self.validation)) / len(self.train)
+        step = 2 * statistics.mean(map(flops, batches))
+        inverse = {name: [1 / seconds for seconds in values] for name, values in evaluations.items()}
+        self.add("training step", steps, "s", flops=step)
+        self.add("training, whole epoch", rates, "examples/s", flops=epoch)
+        self.add("evaluation", inverse, "examples/s", flops=flops(messages) / len(messages))
 
     def generation(self):
-        """Tokens a second, greedy, from prompts of 4 tokens."""
-        with self.started("start_generating") as sides:
-            for side in sides.values():  # warm-up
-                side.do("generate", 1, PROMPT, 2)
-            for batch in (1, BATCH):
-                for count in self.token_counts(batch):
-                    for name, values, extrapolated in self.generation_rates(sides, batch, count):
-                        self.row(f"generation, {count} tokens, batch {batch}", name, values, "tokens/s",
-                                 extrapolated=extrapolated, tokens=batch)
+        """Measure tokens per second, greedy, from prompts of 4 tokens."""
+        with self.started("start_generating") as contenders:
+            for contender in contenders.values():  # warm-up
+                contender.do("generate", 1, PROMPT, 2)
+            pairs = product((1, BATCH), (20, 200, 800))
+            for batch, count in ((1, 20), (1, 200), (BATCH, 20)) if self.args.quick else pairs:
+                self.add_generation(contenders, batch, count)
 
-    def token_counts(self, batch):
-        if self.args.quick:
-            return (20, 200) if batch == 1 else (20,)
-        return (20, 200, 800)
-
-    def generation_rates(self, sides, batch, count):
-        """Return (side, tokens a second in each round, is that extrapolated?) for each side."""
-        rates, extrapolated = {name: [] for name in sides}, {"book"} if count > 20 else set()
+    def add_generation(self, contenders, batch, count):
+        """Measure `batch` texts of `count` new tokens each."""
+        rates = {name: [] for name in contenders}
+        extrapolated = {"book"} if count > 20 else set()
         for _ in range(1 if self.args.quick else 2):
-            for name, side in sides.items():
+            for name, contender in contenders.items():
                 if name in extrapolated:
-                    seconds = count * side.seconds("generate", batch, PROMPT + count // 2, 1)
+                    seconds = count * contender.seconds("generate", batch, PROMPT + count // 2, 1)
                 else:
-                    seconds = side.seconds("generate", batch, PROMPT, count)
+                    seconds = contender.seconds("generate", batch, PROMPT, count)
                 rates[name].append(batch * count / seconds)
-        return [(name, values, name in extrapolated) for name, values in rates.items()]
+        for name, values in rates.items():
+            self.add(f"generation, {count} tokens, batch {batch}", {name: values}, "tokens/s",
+                     tokens=batch, extrapolated=name in extrapolated)
 
     def memory(self):
-        """Peak of a step on the batch with the most tokens, each side in a fresh process."""
+        """Measure the peak of a step on the batch with the most tokens, each contender in a new process."""
         largest = max(self.batches, key=count_tokens)
         for name in self.names:
-            with self.started("start_training", names=[name]) as sides:
-                result = sides[name].do("memory", largest)[1]
-            if result:
-                self.row("peak memory of a step", name, [result / 2**20], "MiB")
+            with self.started("start_training", names=[name]) as contenders:
+                if peak := contenders[name].do("memory", largest)[1]:
+                    self.add("peak memory of a step", {name: [peak / 2**20]}, "MiB")
 
     def loading(self):
-        """Seconds from GPT-2 small's safetensors file, in the system's cache, to a first token."""
+        """Measure the seconds from the weights' safetensors file, in the system's cache, to a first token."""
         with tempfile.TemporaryDirectory() as folder:
-            benchmark_report.write_weights(Path(folder), self.config)
-            with self.started("load", folder) as sides:  # the first load, which imports, is not counted
-                times = {name: [] for name in sides}
-                for _ in range(2 if self.args.quick else 5):
-                    for name, side in sides.items():
-                        times[name].append(side.seconds("load", folder))
-        for name, values in times.items():
-            self.row("loading the weights, to a token", name, values, "s",
-                     bytes=benchmark_report.weight_bytes(self.config))
+            size = write_weights(Path(folder), self.config)
+            with self.started("load", folder) as contenders:  # the first load, which imports, is not counted
+                times = {name: [] for name in contenders}
+                for _ in range(self.rounds):
+                    for name, contender in contenders.items():
+                        times[name].append(contender.seconds("load", folder))
+        self.add("loading the weights, to a token", times, "s", bytes=size)
 
     def accuracy(self):
-        """Test accuracies of the printed loop and of ours on gpt2-tiny, a pair a seed."""
-        from benchmark.accuracy import compare_accuracy
-
-        epochs, report = (1 if self.args.quick else 5), partial(print, file=sys.stderr, flush=True)
+        """Compare the test accuracies of the printed loop and of ours on gpt2-tiny, seed by seed."""
         self.accuracies = compare_accuracy(
-            self.split, torch.device(self.args.device), self.args.seeds, epochs, report=report
+            self.encoded, torch.device(self.args.device), self.args.seeds, 1 if self.args.quick else 5,
+            report=partial(print, file=sys.stderr, flush=True),
         )
 
-
-def count_tokens(messages):
-    return sum(len(ids) for ids in messages)
+    def padding(self):
+        """Return the fraction of padding in the grouped batches: transformers computes it, we do not."""
+        tokens = sum(len(batch) * max(map(len, batch)) for batch in self.batches)
+        return 1 - sum(self.lengths) / tokens
 
 
 def has_hugging_face():
@@ -273,22 +261,24 @@ def has_hugging_face():
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    contenders = ("book", "ours", "hf")
     parser.add_argument("--quick", action="store_true", help="about three minutes, fewer rounds and lengths")
-    parser.add_argument("--json", metavar="FILE", help="write everything measured")
+    parser.add_argument("--json", metavar="FILE", help="write all measurements")
     parser.add_argument("--plot", metavar="FILE", help="write a figure of the speed-ups")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or mps")
-    parser.add_argument("--data-dir", help="folder with sms_spam_collection/SMSSpamCollection")
+    parser.add_argument("--assets", type=Choice.parse, default=os.environ.get("LLM_ASSETS") or "book",
+                        metavar="WHICH", help="where the messages come from: book (UCI's) or embedded")
     parser.add_argument("--threads", type=int, help="torch's threads in every process")
-    parser.add_argument("--sides", nargs="+", choices=("book", "ours", "hf"), default=("book", "ours", "hf"))
-    parser.add_argument("--compile", action="store_true", help="time our step under torch.compile, too")
-    parser.add_argument("--parts", nargs="+", default=MEASURED[:-1], choices=MEASURED,
-                        help="what to measure; accuracy takes half an hour and is only run if named")
+    parser.add_argument("--contenders", nargs="+", choices=contenders, default=contenders)
+    parser.add_argument("--compile", action="store_true", help="also time our step under torch.compile")
+    parser.add_argument("--parts", nargs="+", default=PARTS[:-1], choices=PARTS,
+                        help="what to measure; accuracy takes half an hour and runs only if named")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of --parts accuracy")
     parser.add_argument("--tiny", action="store_true", help="a toy model: tries the script, measures nothing")
     args = parser.parse_args(argv)
     try:
         torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # torch's answers where there is no such device
+    except (RuntimeError, AssertionError) as error:  # what torch raises where there is no such device
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.threads is not None and args.threads < 1:
         parser.error("--threads must be at least 1")
@@ -298,41 +288,41 @@ def parse_arguments(argv=None):
     return args
 
 
-def main(argv=None):
-    args = parse_arguments(argv)
+def run(args):
+    """Measure the parts that `args` name and return everything as one dictionary, ready for JSON."""
     began, device = time.perf_counter(), torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    machine = measure_machine(device, 256 if args.tiny else 8192 if device.type == "cuda" else 2048)
+    machine = measure_machine(device, 256 if args.tiny else MATRIX_WIDTH[device.type])
     benchmark = Benchmark(args)
     for part in args.parts:
         print(f"{time.perf_counter() - began:.0f} s: {part}", file=sys.stderr, flush=True)
         try:
             getattr(benchmark, part)()
-        except SideError as error:  # what has been measured is kept
+        except ContenderError as error:  # what has been measured is kept
             print(f"{part} was given up: {error}", file=sys.stderr)
-    report = {
-        "machine": {**machine, "processor": platform.processor() or platform.machine(), "device": args.device,
-                    "threads": torch.get_num_threads(), "torch": torch.__version__},
-        "messages": {"data": benchmark.data, "count": len(benchmark.train), "padding": padding(benchmark),
+    return {
+        "machine": machine | describe_machine(device),
+        "messages": {"data": benchmark.data, "count": len(benchmark.train), "padding": benchmark.padding(),
                      "mean_tokens": float(np.mean(benchmark.lengths)), "longest": max(benchmark.lengths)},
         "precision": choose_precision(device), "quick": args.quick, "tiny": args.tiny,
-        "rows": benchmark.rows, "shares": benchmark.shares, "accuracies": benchmark.accuracies,
+        "rows": compare(benchmark.measurements, machine, benchmark.config),
+        "percentages": benchmark.percentages, "accuracies": benchmark.accuracies,
         "seconds": time.perf_counter() - began,
     }
-    benchmark_report.finish(report, benchmark.config)
-    print(benchmark_report.table(report))
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    try:
+        report = run(args)
+    except DownloadError as error:
+        sys.exit(str(error))
+    print(table(report))
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if args.plot:
-        benchmark_report.plot(report, args.plot)
-    return report
-
-
-def padding(benchmark):
-    """Share of padding in the grouped batches, which transformers computes and we do not."""
-    tokens = sum(len(batch) * max(map(len, batch)) for batch in benchmark.batches)
-    return 1 - sum(benchmark.lengths) / tokens
+        plot(report["rows"], args.plot)
 
 
 if __name__ == "__main__":

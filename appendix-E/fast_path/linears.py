@@ -1,10 +1,10 @@
 """Adapted linear layers that read the same input, as one hand-written step of autograd.
 
-`LinearWithLoRA` computes x Wᵀ + b + scale · (x A) B as five operations, each with a result of its own.
-Here they are one: the low-rank part is added in place, backward computes no gradient of the frozen
-weight, and in between only x (N, in) and x A (N, rank) are kept. For layers that share x (query, key
-and value) the thin products x A are one product, and so are their gradients. The parameters stay
-where they are, in the layers.
+`LinearWithLoRA` computes x Wᵀ + b + scale · (x A) B as five operations, each with its own result in
+memory. Here they are one operation: the low-rank part is added in place, backward computes no gradient
+of the frozen weight, and only x (N, in) and x A (N, rank) are kept for it. For layers that share x
+(query, key and value) the thin products x A are one product, and so are their gradients. The parameters
+stay in the layers.
 """
 
 import torch
@@ -13,6 +13,8 @@ from torch.nn.functional import linear
 
 class AdaptedLinears(torch.autograd.Function):
     """y_i = x W_iᵀ + b_i + s_i · (x A_i) B_i with frozen W_i (out, in) and b_i: x (N, in), y_i (N, out).
+
+    `factors` are all A_i (in, rank_i), then all B_i (rank_i, out); `out` may differ between layers.
 
     Backward, with g_i = ∂loss/∂y_i and l_i = s_i · g_i B_iᵀ: ∂x = Σ g_i W_i + l_i A_iᵀ, ∂A_i = xᵀ l_i,
     ∂B_i = s_i · (x A_i)ᵀ g_i. x, W and b have one dtype, in which the products run; the gradients of
@@ -28,8 +30,8 @@ class AdaptedLinears(torch.autograd.Function):
         ctx.save_for_backward(x, low, A, *weights, *factors)
         ctx.scales = scales
         return tuple(
-            linear(x, weight, bias).addmm_(part, B.to(x.dtype), alpha=scale)
-            for weight, bias, scale, part, B in zip(weights, biases, scales, lows, Bs)
+            linear(x, weight, bias).addmm_(part, b.to(x.dtype), alpha=scale)
+            for weight, bias, scale, part, b in zip(weights, biases, scales, lows, Bs)
         )
 
     @staticmethod
@@ -38,20 +40,21 @@ class AdaptedLinears(torch.autograd.Function):
         count = len(grads)
         weights, As, Bs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         ranks = [a.shape[1] for a in As]
-        scaled = [(g @ B.to(g.dtype).t()).mul_(s) for g, B, s in zip(grads, Bs, ctx.scales)]
+        scaled = [(g @ b.to(g.dtype).t()).mul_(s) for g, b, s in zip(grads, Bs, ctx.scales)]
         grad_low = torch.cat(scaled, dim=1)  # (N, sum of ranks)
-        grad_As = (x.t() @ grad_low).split(ranks, dim=1)
-        grad_Bs = [(p.t() @ g).mul_(s) for p, g, s in zip(low.split(ranks, dim=1), grads, ctx.scales)]
+        parts = zip(low.split(ranks, dim=1), grads, ctx.scales, Bs)
+        grad_As = [g.to(a.dtype) for g, a in zip((x.t() @ grad_low).split(ranks, dim=1), As)]
+        grad_Bs = [(part.t() @ g).mul_(s).to(b.dtype) for part, g, s, b in parts]
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_low @ A.t()
             for grad, weight in zip(grads, weights):
                 grad_x.addmm_(grad, weight)
-        return grad_x, None, None, None, *(g.to(p.dtype) for g, p in zip((*grad_As, *grad_Bs), (*As, *Bs)))
+        return grad_x, None, None, None, *grad_As, *grad_Bs
 
 
 def is_plain(layer):
-    """True for a `LinearWithLoRA` that is frozen under its adapter and drops nothing now."""
+    """Return whether `layer` is a `LinearWithLoRA` with a frozen linear layer and no active dropout."""
     inner, lora = getattr(layer, "linear", None), getattr(layer, "lora", None)
     if not isinstance(inner, torch.nn.Linear) or not hasattr(lora, "scale"):
         return False
@@ -60,16 +63,17 @@ def is_plain(layer):
 
 
 def adapted_linears(layers, x):
-    """Return [layer(x) for layer in layers], x (N, in), in one step where all of them are adapted.
+    """Return [layer(x) for layer in layers], x (N, in), each (N, out), as one operation if all are plain.
 
-    The products run in autocast's dtype where it is on, else in the frozen weights'.
+    The products run in autocast's dtype where that is enabled, else in the frozen weights' dtype.
     """
     if not all(is_plain(layer) for layer in layers):
         return [layer(x) for layer in layers]
-    linears, adapters = [layer.linear for layer in layers], [layer.lora for layer in layers]
-    kind, dtype = x.device.type, linears[0].weight.dtype
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    linears = [layer.linear for layer in layers]
+    adapters = [layer.lora for layer in layers]
+    dtype = linears[0].weight.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
     return AdaptedLinears.apply(
         x.to(dtype),
         [inner.weight.to(dtype) for inner in linears],

@@ -1,14 +1,12 @@
-"""The classifier's training and evaluation as fast as the machine allows, with the same weights.
+"""Train and evaluate the classifier several times faster than the printed loop: same model, same gradients.
 
-The printed loop pads every message to 120 tokens and reads the answer off a padding token. Here the
-real tokens of a batch are laid end to end (`packed_model`), and the answer is read at the last real
-token, which no padding can change. The model is chapter 4's, adapted by appendix E or not; only the
-order of computing differs. Shapes in comments: B messages, T the longest one's tokens.
+The printed loop pads every message to the longest one and reads the answer at the last position, mostly
+padding. Here the real tokens of a batch are laid end to end (`packed_model`), and the answer is read at
+the last real token, which no padding can change. The model is chapter 4's, with or without LoRA.
+Shapes in comments: B messages, T tokens in the longest one.
 """
 
-import ctypes
 import math
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -19,13 +17,14 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from ch04 import use_fused_attention
+from fast_path.memory import keep_freed_memory
 from fast_path.packed_model import last_token_logits
 from fast_path.settings import PRECISIONS, TrainingSettings
 
 
 @dataclass
 class History:
-    """Mean loss of every step, validation accuracy (0 to 1) of every epoch if asked for, seconds."""
+    """Mean loss per step; validation accuracy, 0 to 1, per epoch if there was validation data; seconds."""
 
     losses: list = field(default_factory=list)
     accuracies: list = field(default_factory=list)
@@ -52,9 +51,9 @@ def length_batches(lengths, batch_size, seed, bucket=4):
 
 
 def split_batch(encoded, indices, bound):
-    """Return `indices` (B,) as the fewest equal parts that have about `bound` tokens at most.
+    """Return `indices` (B,) cut into the fewest equal parts of at most about `bound` tokens each.
 
-    `encoded` holds the token ids (T,) of every message.
+    `encoded` contains the token ids (T,) of every message.
     """
     tokens = sum(len(encoded[index]) for index in indices)
     return np.array_split(indices, min(len(indices), max(1, math.ceil(tokens / bound))))
@@ -67,7 +66,7 @@ def tokens_at_once(settings, device, training):
 
 
 def pad_batch(encoded, indices, device):
-    """Return ids (B, T), right-padded with 0, and lengths (B,), of the chosen messages."""
+    """Return ids (B, T), right-padded with 0, and lengths (B,) of the chosen messages on `device`."""
     lengths = np.array([len(encoded[index]) for index in indices])
     ids = np.zeros((len(indices), lengths.max()), dtype=np.int64)
     for row, index in zip(ids, indices):
@@ -75,14 +74,14 @@ def pad_batch(encoded, indices, device):
     return torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)
 
 
-# Precision and memory
+# Precision
 
 
 def choose_precision(device, wanted="auto"):
-    """Return "float32", "bf16" or "fp16": `wanted`, or what `device` computes fastest without harm.
+    """Return "float32", "bf16" or "fp16": `wanted`, or for "auto" the fastest that is safe on `device`.
 
-    bf16 where the processor has instructions for it (without, a product is 50 to 100 times slower than
-    in float32), fp16 on older CUDA cards, float32 elsewhere. Raises ValueError for another name.
+    That is bf16 where the processor has instructions for it (without them a product takes 50 to 100 times
+    as long as in float32), fp16 on older CUDA cards, float32 elsewhere. Raises ValueError for other names.
     """
     if wanted != "auto":
         if wanted not in PRECISIONS:
@@ -100,29 +99,18 @@ def cpu_has_bf16():
 
 
 def autocast(device, precision):
+    """Return a context in which products run in `precision`, a key of `PRECISIONS`."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, PRECISIONS[precision])
 
 
-def keep_freed_memory():
-    """Let glibc keep freed buffers for the next step instead of mapping new pages.
-
-    Holds for the whole process. Does nothing except on Linux with glibc.
-    """
-    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if hasattr(library, "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        library.mallopt(M_MMAP_MAX, 0)
-        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def prepare(model, settings, device):
     """Move the model to `device`, choose its attention, store frozen weights in the chosen precision.
 
-    On a CPU weights are laid out by input: same shapes and values, and a product with one token, as in
-    generation, reads memory 1.4 times as fast. `fit` and `predict` take the model from here; `restore`
-    makes it one for all other code. Returns the same model.
+    On a CPU the weights are stored by columns: same shapes and values, and a product with one token, as
+    in generation, reads memory 1.4 times as fast. `fit` and `predict` expect a prepared model; `restore`
+    returns it to the form that all other code expects. Returns the same model.
     """
     dtype = PRECISIONS[choose_precision(device, settings.precision)]
     model.to(device)
@@ -137,7 +125,7 @@ def prepare(model, settings, device):
 
 
 def restore(model):
-    """Store every weight in float32 and in rows, in place: undo what `prepare` does to them.
+    """Store every weight in float32 and by rows again, in place, as before `prepare`.
 
     Values that were rounded stay rounded. Returns the same model.
     """
@@ -158,9 +146,9 @@ def stored_precision(model):
 def fit(model, train, settings, device, validation=None):
     """Train what requires a gradient with AdamW on `train`, a pair (encoded messages, labels).
 
-    `model` comes from `prepare`; the messages are arrays of token ids (T,), the labels integers (N,). A
-    validation pair is classified after every epoch. Returns a `History`. Raises ValueError for a pair
-    without messages or with more or fewer labels than messages.
+    `model` comes from `prepare`; the messages are arrays of token ids (T,), the labels integers (N,). If
+    there is a `validation` pair, its accuracy is measured after every epoch. Returns a `History`. Raises
+    ValueError for a pair without messages or with more or fewer labels than messages.
     """
     encoded, labels = validate_labels(*train)
     held_out = None if validation is None else validate_labels(*validation)
@@ -189,7 +177,7 @@ def validate_labels(encoded, labels):
 
 
 def total_steps(messages, settings):
-    """Return how many optimizer steps `settings` make of so many messages."""
+    """Return the number of optimizer steps of a training on so many messages."""
     batches = math.ceil(messages / settings.batch_size)
     return settings.epochs * math.ceil(batches / settings.gradient_accumulation_steps)
 
@@ -215,17 +203,17 @@ class TrainingRun:
         )
 
     def epoch(self, encoded, labels, seed):
-        """Train once on every message, in an order that `seed` gives; return each step's loss."""
+        """Train once on every message, in an order that depends on `seed`; return each step's loss."""
         self.model.train()
         settings, lengths = self.settings, [len(ids) for ids in encoded]
         batches = length_batches(lengths, settings.batch_size, seed, settings.bucket)
         size = settings.gradient_accumulation_steps
         groups = [batches[start : start + size] for start in range(0, len(batches), size)]
         losses = [self.step(encoded, labels, group) for group in groups]
-        return torch.stack(losses).tolist()  # reads from the device once per epoch, not per step
+        return torch.stack(losses).tolist()  # one copy from the device per epoch: no step waits for it
 
     def step(self, encoded, labels, batches):
-        """One optimizer step on the mean loss () of the messages in `batches`, which is returned."""
+        """Take one optimizer step on the messages in `batches`, arrays (B,); return their mean loss ()."""
         count, total = sum(len(indices) for indices in batches), 0.0
         bound = tokens_at_once(self.settings, self.device, training=True)
         for batch in batches:
@@ -242,9 +230,9 @@ class TrainingRun:
         return *pad_batch(encoded, indices, self.device), labels[indices].to(self.device)
 
     def backward(self, ids, lengths, targets, count):
-        """Add the gradient of the summed loss over `count`; return that part () of the mean loss.
+        """Add the gradient of (summed loss) / `count`; return that part () of the step's mean loss.
 
-        ids (B, T), lengths (B,) and targets (B,) are a part of a step's `count` messages.
+        ids (B, T), lengths (B,) and targets (B,) are a part of the step's `count` messages.
         """
         with autocast(self.device, self.precision):
             logits = self.forward(self.model, ids, lengths, self.settings.gradient_checkpointing)
@@ -254,16 +242,16 @@ class TrainingRun:
 
 
 def accuracy(model, encoded, labels, device, settings=TrainingSettings()):
-    """Return the fraction of right answers, 0 to 1, to encoded messages with labels (N,)."""
+    """Return the fraction of correct predictions, 0 to 1, for encoded messages with labels (N,)."""
     predictions = predict(model, encoded, device, settings).argmax(dim=1)
     return (predictions == labels).float().mean().item()
 
 
 def predict(model, encoded, device, settings=TrainingSettings()):
-    """Logits (N messages, classes), float32 on the CPU, at each message's last token; order kept.
+    """Return logits (N, classes), float32 on the CPU, at each message's last token, in the given order.
 
-    A model with weights in bf16 or fp16 is evaluated in that precision, another one in that of
-    `settings`. Raises ValueError without messages.
+    A model with weights in bf16 or fp16 is evaluated in that precision, any other in that of
+    `settings`. Raises ValueError if there are no messages.
     """
     if len(encoded) == 0:
         raise ValueError("there are no messages: encode some first")

@@ -5,20 +5,17 @@ leaves out what that file has already, so that an interrupted comparison resumes
 """
 
 import json
-import os
-import sys
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
-import torch
 from safetensors.torch import save
 
 from appendix_e import count_parameters
 from book_assets import get_tokenizer
 from ch04 import pick_device
 from ch06 import SPLITS, unfreeze_last_block
+from fast_path.memory import peak_memory, peak_of_allocations
 from fast_path.training import fit, prepare
 from lora.adapters import copy_to_cpu, write_files
 from spam_classifier.classifier import (
@@ -104,40 +101,10 @@ def step_memory(model, encoded, settings, device):
     if device.type == "mps":
         return None
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        fit(model, batch, once, device)
-        return torch.cuda.max_memory_allocated(device)
+        return peak_memory(lambda: fit(model, batch, once, device), device)
     tensors = [*model.parameters(), *model.buffers()]
     resident = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return resident + peak_of_allocations(lambda: fit(model, batch, once, device))
-
-
-def peak_of_allocations(function):
-    """Return the most bytes of tensors that are in CPU memory at once because of `function()`."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now, peak = 0, 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
-@contextmanager
-def quiet_stderr():
-    """Drop what native code writes to standard error: the profiler greets there in some versions."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def run_method(method, size, encoded, device):
