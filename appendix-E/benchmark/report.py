@@ -154,11 +154,13 @@ def accuracy_lines(runs):
 
 
 def plot(rows, path):
-    """Save a bar chart of every row's ratio to the book's loop (log scale)."""
+    """Save a bar chart of every row's ratio to the book's loop (log scale), if there is one."""
     import matplotlib  # not for the contenders' processes
 
     matplotlib.use("agg")
     rows = pd.DataFrame([row for row in rows if "times_book" in row and row["contender"] in ("ours", "hf")])
+    if rows.empty:
+        return
     ratios = rows.pivot(index="what", columns="contender", values="times_book")
     ratios = ratios.loc[rows["what"].unique(), [name for name in ("ours", "hf") if name in ratios]]
     ax = ratios.rename(columns=NAMES).plot.barh(figsize=(7, 0.45 * len(ratios) + 1.2), width=0.8, logx=True)

@@ -25,7 +25,7 @@ def weight_shapes(config):
 
 
 def write_weights(folder, config):
-    """Write random weights that `gpt_download.load_gpt2` and transformers read from `folder`; return bytes."""
+    """Write random weights, readable by `load_gpt2` and transformers, into `folder`; return their bytes."""
     rng = np.random.default_rng(123)
     tensors = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in weight_shapes(config)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -121,6 +121,8 @@ def test_the_plot_is_written(tmp_path):
     rows = report(*(Measurement("training", name, [2.0], "examples/s") for name in ("book", "ours")))["rows"]
     plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+    plot(rows[:1], tmp_path / "empty.png")
+    assert not (tmp_path / "empty.png").exists()  # no ratio, no figure
 
 
 def test_an_epoch_contains_its_evaluations():
