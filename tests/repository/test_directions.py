@@ -18,7 +18,7 @@ BELOW_SPAM_CLASSIFIER = {"lora", "fast_path", "appendix_e"} | CHAPTERS | SHARED
 BELOW_APPLICATIONS = {"spam_classifier"} | BELOW_SPAM_CLASSIFIER
 LAYERS = {  # from the top: each folder, or file of appendix-E or setup, and what it may import besides itself
     "topics": BELOW_APPLICATIONS,
-    "benchmark": BELOW_APPLICATIONS,
+    "benchmark": BELOW_APPLICATIONS | {"finetune_spam"},  # measures the appendix as printed; nobody imports it
     "lora_in_practice": BELOW_APPLICATIONS,
     "finetune_spam": BELOW_APPLICATIONS,
     "listings": CHAPTERS,
@@ -40,19 +40,15 @@ SEPARATE = {"topics": 2, "setup": 1}  # topics, and commands, never import each 
 # Imports inside functions: never of our own modules, of others only with a reason.
 PLOTS = "slow to import, and only plots need it"
 CONTENDER = "slow to import, and only this contender of the benchmark may have it in memory"
-PROFILER = "only one measurement needs torch.profiler"
 LATE = {  # file: {package: reason}
     "appendix-E/benchmark/report.py": {"matplotlib": PLOTS},
-    "appendix-E/benchmark/sides.py": {
-        "transformers": CONTENDER, "peft": CONTENDER, "torch": PROFILER, "resource": "missing on Windows",
-    },
-    "appendix-E/spam_classifier/experiments.py": {"torch": PROFILER},
+    "appendix-E/benchmark/sides.py": {"transformers": CONTENDER, "peft": CONTENDER},
+    "appendix-E/fast_path/memory.py": {"resource": "missing on Windows"},
     "ch05/ch05.py": {"matplotlib": PLOTS},
     "ch05/gpt_download.py": {
         "tensorflow": "slow to import, optional, and only OpenAI's checkpoints need it",
         "safetensors": "only Hugging Face's weights need it",
     },
-    "ch06/ch06.py": {"matplotlib": PLOTS},
     "setup/book_assets/__init__.py": {
         "tiktoken": "the downloads need only the table",
         "matplotlib": PLOTS,
