@@ -1,3 +1,5 @@
+"""The folder that the property tests of adapters share."""
+
 import pytest
 
 
