@@ -234,8 +234,9 @@ def pretrain(train, held_out, work_dir, schedule, batch_size=12, seed=123, every
     return model
 
 
-def export(model, folder):
-    """Write the weights in half precision under GPT-2's names, with hparams.json, to `folder`."""
+def export(model, folder, config=None, dtype=torch.float16):
+    """Write the weights under GPT-2's names, with hparams.json, to `folder` (`config` None: TINY_CONFIG)."""
+    config = config or TINY_CONFIG
     tensors = {"wte.weight": model.tok_emb.weight, "wpe.weight": model.pos_emb.weight}
     norms = {"ln_f": model.final_norm}
     for number, block in enumerate(model.trf_blocks):
@@ -251,9 +252,9 @@ def export(model, folder):
     for name, norm in norms.items():
         tensors |= {f"{name}.weight": norm.scale, f"{name}.bias": norm.shift}
     folder.mkdir(parents=True, exist_ok=True)
-    half = {name: tensor.detach().half().contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(half, folder / "model.safetensors")
-    hparams = {name: TINY_CONFIG[ours] for name, ours in CONFIG_NAMES.items()}
+    stored = {name: tensor.detach().to(dtype).contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    hparams = {name: config[ours] for name, ours in CONFIG_NAMES.items()}
     (folder / "hparams.json").write_text(json.dumps(hparams) + "\n", encoding="utf-8")
 
 

@@ -259,7 +259,7 @@ def has_hugging_face():
     return all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
 
 
-def parse_arguments(argv=None):
+def read_options(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     contenders = ("book", "ours", "hf")
     parser.add_argument("--quick", action="store_true", help="about three minutes, fewer rounds and lengths")
@@ -313,7 +313,7 @@ def run(args):
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
+    args = read_options(argv)
     try:
         report = run(args)
     except DownloadError as error:

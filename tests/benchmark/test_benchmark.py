@@ -16,7 +16,7 @@ from benchmark.report import (
     table,
     token_seconds,
 )
-from benchmark.run import BATCH, Benchmark, Contender, ContenderError, epoch_rate, parse_arguments, strata
+from benchmark.run import BATCH, Benchmark, Contender, ContenderError, epoch_rate, read_options, strata
 from benchmark.sides import CONTENDERS, RANK, TINY, Book, Fast
 from benchmark.weights import write_weights
 from gpt_download import load_gpt2
@@ -187,7 +187,7 @@ def test_every_contender_trains_evaluates_generates_and_loads(name, tmp_path):
 def test_the_messages_are_split_as_printed(book_data, monkeypatch):
     path = book_data / "sms_spam_collection" / "SMSSpamCollection"
     monkeypatch.setattr(ch06, "load_messages", lambda choice: ch06.read_messages(path))
-    benchmark = Benchmark(parse_arguments(["--assets", "book"]))
+    benchmark = Benchmark(read_options(["--assets", "book"]))
     assert [len(benchmark.encoded[name][0]) for name in ch06.SPLITS] == [1045, 149, 300]
     assert max(benchmark.lengths) == 120 and sum(map(len, benchmark.batches)) == 1045
     assert max(map(len, benchmark.batches)) == BATCH and 0 < benchmark.padding() < 0.3
@@ -217,5 +217,5 @@ def test_a_contender_answers_reports_errors_and_is_named_when_it_ends():
 ])
 def test_arguments_are_checked_before_anything_is_measured(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        parse_arguments(arguments)
+        read_options(arguments)
     assert message in capsys.readouterr().err

@@ -18,7 +18,7 @@ BELOW_SPAM_CLASSIFIER = {"lora", "fast_path", "appendix_e"} | CHAPTERS | SHARED
 BELOW_APPLICATIONS = {"spam_classifier"} | BELOW_SPAM_CLASSIFIER
 LAYERS = {  # from the top: each folder, or file of appendix-E or setup, and what it may import besides itself
     "topics": BELOW_APPLICATIONS,
-    "benchmark": BELOW_APPLICATIONS | {"finetune_spam"},  # measures the appendix as printed; nobody imports it
+    "benchmark": BELOW_APPLICATIONS | {"finetune_spam"},  # measures it; nobody imports benchmark
     "lora_in_practice": BELOW_APPLICATIONS,
     "finetune_spam": BELOW_APPLICATIONS,
     "listings": CHAPTERS,
