@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 
 
 def execute(path):
-    """Run the notebook at `path` in place and keep only the metadata that every machine has."""
+    """Run the notebook at `path` in place and keep the metadata that every machine has."""
     notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(path.parent)}}
     NotebookClient(
@@ -26,7 +26,8 @@ def execute(path):
         "language_info": {"name": "python"},
     }
     for cell in notebook.cells:
-        cell.metadata = {}  # times of execution
+        tags = cell.metadata.get("tags")
+        cell.metadata = {"tags": tags} if tags else {}  # without the times of execution
     partial = path.with_suffix(".partial")
     nbformat.write(notebook, partial)
     os.replace(partial, path)
