@@ -45,7 +45,7 @@ from spam_classifier.experiments import (
     read_runs,
     summary,
 )
-from topics.what_lora_buys import plot_confusion, plot_costs, plot_ranks
+from topics.what_lora_buys import plot_confusion, plot_costs, plot_methods, plot_ranks
 
 CPU = torch.device("cpu")
 EMBEDDED = Choice("embedded", "embedded")
@@ -208,8 +208,8 @@ def test_a_comparison_is_resumed_not_repeated(params, tmp_path, bf16_processor):
     table = summary(both)
     assert table.index.tolist() == [method.title for method in methods]
     embedding_bytes = (2 if bf16_processor else 4) * 50257 * 16
-    assert "±" in table["test"].iloc[0] and (both["step_memory_bytes"] > embedding_bytes).all()
-    assert plot_ranks(both).axes and plot_costs(both).axes
+    assert "±" in table["test (%)"].iloc[0] and (both["step_memory_bytes"] > embedding_bytes).all()
+    assert plot_methods(both, 8).axes and plot_ranks(both, 8).axes and plot_costs(both).axes
 
 
 def test_the_peak_counts_what_stands_at_once():
