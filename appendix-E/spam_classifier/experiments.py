@@ -1,11 +1,12 @@
-"""What LoRA buys: LoRA of several ranks and places against the last layer, the last block and all weights.
+"""Comparing ways to fine-tune: LoRA of several ranks and places, the last layer, the last block, all weights.
 
-`compare` trains every method with every seed, adds a line of JSON for each finished run to a file and
-leaves out what that file has already, so that an interrupted comparison resumes where it stopped.
+`compare` trains every method with every seed, adds one line of JSON per finished run to a file and
+skips the runs that the file contains already, so that an interrupted comparison resumes where it stopped.
 """
 
 import json
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -32,7 +33,7 @@ from spam_classifier.classifier import (
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fine-tune: what is trained, and its settings, the learning rate chosen on validation data."""
+    """One way to fine-tune: what is trained, and with which settings."""
 
     title: str
     kind: str  # lora, layer, block or full
@@ -41,6 +42,7 @@ class Method:
 
 
 def at_rate(learning_rate, **lora):
+    """Return `LoRASettings` with AdamW's `learning_rate` and the fields `lora`."""
     return LoRASettings(**lora).with_training(learning_rate=learning_rate)
 
 
@@ -50,7 +52,10 @@ METHODS = (
         Method(f"LoRA, all layers, rank {rank}", "lora", at_rate(1e-4, rank=rank))
         for rank in (1, 2, 4, 8, 16, 32)
     ),
-    Method("LoRA, query and value, rank 16", "lora", at_rate(1e-4, targets=("query", "value"))),
+    Method(
+        "LoRA, query and value, rank 16", "lora",
+        at_rate(1e-4, targets=("query", "value")),
+    ),
     Method("last layer", "layer", at_rate(5e-3)),
     Method("last block", "block", at_rate(2e-4)),
     Method("all weights", "full", at_rate(1e-4)),
@@ -75,7 +80,7 @@ def choose_parameters(model, method):
 
 
 def build_model(method, size, device):
-    """Return a classifier of GPT-2 `size` in which `method`'s parameters are trainable, for `fit`."""
+    """Return a classifier of GPT-2 `size`, ready for `fit`, in which `method`'s parameters train."""
     training = method.settings.training
     model, _ = build_classifier(size, training.seed, method.pretrained)
     choose_parameters(model, method)
@@ -83,23 +88,25 @@ def build_model(method, size, device):
 
 
 def checkpoint_bytes(model):
-    """Return the size of a safetensors file with the trained parameters alone."""
-    return len(save({n: copy_to_cpu(p) for n, p in model.named_parameters() if p.requires_grad}))
+    """Return the size in bytes of a safetensors file of the trained parameters alone."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return len(save({name: copy_to_cpu(p) for name, p in trained.items()}))
 
 
 def step_memory(model, encoded, settings, device):
-    """Return the peak bytes of a training step on the longest messages: weights, gradients,
-    optimizer state, activations and scratch.
+    """Return the peak bytes of a training step on the longest messages, None on MPS.
 
-    On CUDA torch's own count, elsewhere the running sum of the profiler's allocations in the
-    process's memory (None on MPS). The step trains `model`: give one that is built for this.
+    They hold weights, gradients, optimizer state, activations and scratch. On CUDA it is torch's own
+    count, on a CPU the running sum of the allocations that the profiler sees. The step trains
+    `model`: build one for this alone.
     """
-    messages, labels = encoded["train"]
-    longest = sorted(range(len(messages)), key=lambda i: -len(messages[i]))[: settings.batch_size]
-    batch = [messages[i] for i in longest], labels[longest]
-    once = replace(settings, epochs=1, progress=False)
     if device.type == "mps":
         return None
+    messages, labels = encoded["train"]
+    order = sorted(range(len(messages)), key=lambda i: -len(messages[i]))
+    longest = order[: settings.batch_size]
+    batch = [messages[i] for i in longest], labels[longest]
+    once = replace(settings, epochs=1, progress=False)
     if device.type == "cuda":
         return peak_memory(lambda: fit(model, batch, once, device), device)
     tensors = [*model.parameters(), *model.buffers()]
@@ -108,7 +115,7 @@ def step_memory(model, encoded, settings, device):
 
 
 def run_method(method, size, encoded, device):
-    """Fine-tune once from the pretrained weights; return the run's metrics, a JSON-serialisable dictionary."""
+    """Fine-tune a new model once; return the run's metrics, a JSON-serialisable dictionary."""
     training = method.settings.training
     memory = step_memory(build_model(method, size, device), encoded, training, device)
     model = build_model(method, size, device)
@@ -116,9 +123,13 @@ def run_method(method, size, encoded, device):
     size_on_disk = checkpoint_bytes(model)
     history = finetune(model, {"train": encoded["train"]}, training, device)
     return {
-        "trained_parameters": trained, "total_parameters": total, "checkpoint_bytes": size_on_disk,
-        "seconds_per_step": history.seconds / len(history.losses), "step_memory_bytes": memory,
-        "final_loss": history.losses[-1], **accuracies(model, encoded, device),
+        "trained_parameters": trained,
+        "total_parameters": total,
+        "checkpoint_bytes": size_on_disk,
+        "seconds_per_step": history.seconds / len(history.losses),
+        "step_memory_bytes": memory,
+        "final_loss": history.losses[-1],
+        **accuracies(model, encoded, device),
     }
 
 
@@ -126,31 +137,34 @@ def run_method(method, size, encoded, device):
 
 
 def compare(
-    choice, output, methods=METHODS, seeds=(1, 2, 3), size="124M", epochs=5, device=None, quick=False,
-    report=print,
+    choice, output, methods=METHODS, seeds=(1, 2, 3), size="124M", epochs=5, device=None,
+    quick=False, report=print,
 ):
     """Train every method with every seed and return a DataFrame, one row per run.
 
-    Each finished run is added to the file `output`, one line of JSON per run; a run that the file has
-    already, with the same method, seed, model, data and epochs, is not repeated. `report` is called with
-    a line for each new run.
+    Each finished run is added to the file `output`, one line of JSON per run; a run that the file
+    contains already, with the same method, seed, model, data and epochs, is not repeated. `report` is
+    called with a line of text for each new run.
     """
     device = device or pick_device()
-    size, data = choice.model_size(size), choice.data + (", few messages" if quick else "")
-    runs, encoded, wanted = read_runs(output), None, []
-    for seed in seeds:
-        for method in methods:
-            settings = method.settings.with_training(seed=seed, epochs=epochs, progress=False)
-            method = replace(method, settings=settings)
-            key = json.loads(json.dumps({"model": size, "data": data, **asdict(method)}))  # as in the file
-            run = next((run for run in runs if key.items() <= run.items()), None)
-            if run is None:
-                encoded = encoded or load_encoded(choice, size, quick)
-                run = {**key, **run_method(method, size, encoded, device)}
-                runs.append(run)
-                write_runs(output, runs)
-                report(f"{method.title}, seed {seed}: {run['test']:.2%} of the test messages")
-            wanted.append(run)
+    size = choice.model_size(size)
+    data = choice.data + (", few messages" if quick else "")
+    runs = read_runs(output)
+    encoded = None  # until a run is missing
+    wanted = []
+    for seed, method in product(seeds, methods):
+        changes = {"seed": seed, "epochs": epochs, "progress": False}
+        method = replace(method, settings=method.settings.with_training(**changes))
+        key = {"model": size, "data": data, **asdict(method)}
+        key = json.loads(json.dumps(key))  # as in the file
+        run = next((run for run in runs if key.items() <= run.items()), None)
+        if run is None:
+            encoded = encoded or load_encoded(choice, size, quick)
+            run = key | run_method(method, size, encoded, device)
+            runs.append(run)
+            write_runs(output, runs)
+            report(f"{method.title}, seed {seed}: test accuracy {run['test']:.2%}")
+        wanted.append(run)
     return pd.json_normalize(wanted)  # settings.rank, settings.training.seed, …
 
 
@@ -163,12 +177,12 @@ def load_encoded(choice, size, quick):
 def read_runs(path):
     """Return the runs of a file that `write_runs` wrote, [] if there is none."""
     path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def write_runs(path, runs):
-    """Write one line of JSON per run, under another name first, so that no line is ever cut off."""
+    """Write one line of JSON per run; an interruption leaves the file as it was."""
     text = "".join(json.dumps(run) + "\n" for run in runs)
     write_files(Path(path).parent, {Path(path).name: text.encode()})
 
@@ -177,20 +191,26 @@ def write_runs(path, runs):
 
 
 def summary(runs):
-    """Return a DataFrame of texts, one row per method: costs, accuracies as mean ± standard deviation."""
+    """Return a DataFrame of texts, one row per method: costs, and accuracies in percent.
+
+    Accuracies are means and standard deviations of the seeds (n - 1 in the denominator), seconds and
+    memory are medians.
+    """
     rows = {}
     for title, group in runs.groupby("title", sort=False):
+        first = group.iloc[0]
         memory = group["step_memory_bytes"].median()
         rows[title] = {
-            "trained": f"{group['trained_parameters'].iloc[0]:,}",
-            "checkpoint": f"{group['checkpoint_bytes'].iloc[0] / 1e6:,.3f} MB",
+            "trained": f"{first['trained_parameters']:,}",
+            "checkpoint (MB)": f"{first['checkpoint_bytes'] / 1e6:,.3f}",
             "s/step": f"{group['seconds_per_step'].median():.3f}",
-            "step memory": "" if pd.isna(memory) else f"{memory / 1e6:,.0f} MB",
-            **{part: mean_and_spread(group[part]) for part in SPLITS},
+            "step memory (MB)": "" if pd.isna(memory) else f"{memory / 1e6:,.0f}",
+            **{f"{split} (%)": mean_and_spread(100 * group[split]) for split in SPLITS},
         }
     return pd.DataFrame(rows).T
 
 
 def mean_and_spread(values):
-    values = 100 * values
-    return f"{values.mean():.1f} ± {values.std():.1f} %" if len(values) > 1 else f"{values.mean():.1f} %"
+    """Return a text such as "96.2 ± 0.8", or the mean alone for one value."""
+    spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{spread}"

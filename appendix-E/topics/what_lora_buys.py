@@ -1,9 +1,17 @@
-"""What LoRA buys: the figures of `what-lora-buys.ipynb`, whose measurements are in `spam_classifier`."""
+"""What LoRA buys: the figures of `what-lora-buys.ipynb`, whose measurements are in `spam_classifier`.
+
+Runs come from `compare`: a DataFrame with one row per run. Accuracies are drawn in percent; an error
+bar is one standard deviation of the seeds to each side (n - 1 in the denominator, as in `summary`),
+none for one seed.
+"""
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
-from spam_classifier.evaluation import confusion_matrix
+from spam_classifier.evaluation import confusion_matrix, wilson
+
+LORA, OTHER, BAND = "#0072b2", "#d55e00", "#ececec"
 
 
 def plot_confusion(labels, predictions, classes=("not spam", "spam")):
@@ -21,27 +29,113 @@ def plot_confusion(labels, predictions, classes=("not spam", "spam")):
     return fig
 
 
-def plot_ranks(runs):
-    """Return a Figure: test accuracy over the rank of LoRA in all layers, a dot a run, a line the mean."""
+def summarise(runs):
+    """Return a DataFrame, one row per method in the order of trained parameters.
+
+    Columns: trained (parameters), mean and spread of the test accuracy (percent), seconds (per step),
+    memory (MB, NaN where it was not measured), kind, pretrained.
+    """
+    groups = runs.groupby("title", sort=False)
+    table = groups[["kind", "pretrained"]].first()
+    table["trained"] = groups["trained_parameters"].first()
+    table["mean"] = 100 * groups["test"].mean()
+    table["spread"] = (100 * groups["test"].std()).fillna(0)
+    table["seconds"] = groups["seconds_per_step"].median()
+    table["memory"] = pd.to_numeric(groups["step_memory_bytes"].median()) / 1e6
+    return table.sort_values("trained", kind="stable")
+
+
+def noise_band(runs, messages):
+    """Return the (low, high) end, in percent, of Wilson's interval around the pretrained runs' mean.
+
+    `messages` is the size of the test set. The band says how far an accuracy may move with other test
+    messages of the same kind.
+    """
+    mean = runs.loc[runs["pretrained"], "test"].mean()
+    low, high = wilson(mean * messages, messages)
+    return 100 * low, 100 * high
+
+
+def plot_methods(runs, messages):
+    """Return a Figure: one row per method with its test accuracy and, at the right, what it trains.
+
+    The rows are in the order of trained parameters, above the `noise_band`; methods that start from random
+    weights have a panel and an axis of their own, since their accuracy is far below.
+    """
+    table = summarise(runs)
+    pretrained = table["pretrained"].astype(bool)
+    panels = [part for part in (table[pretrained], table[~pretrained]) if len(part)]
+    rows = [len(part) + 0.4 for part in panels]
+    fig, axes = plt.subplots(
+        len(panels), figsize=(7.5, 0.36 * sum(rows) + 0.9 * len(panels)),
+        height_ratios=rows, layout="constrained", squeeze=False,
+    )
+    for ax, part in zip(axes[:, 0], panels):
+        draw_accuracies(ax, part)
+    axes[0, 0].axvspan(*noise_band(runs, messages), color=BAND, zorder=0)
+    axes[0, 0].annotate(
+        "trained", (1, 1), (76, 4), "axes fraction", textcoords="offset points",
+        ha="right", color="dimgray",
+    )
+    axes[-1, 0].set_xlabel("test accuracy (%)")
+    plt.close(fig)
+    return fig
+
+
+def draw_accuracies(ax, table):
+    """Draw the rows of `summarise` into `ax`, first one on top: a dot with its spread."""
+    for row, (_, method) in enumerate(table.iterrows()):
+        lora = method["kind"] == "lora"
+        ax.errorbar(
+            method["mean"], row, xerr=method["spread"], capsize=3,
+            color=LORA if lora else OTHER, marker="o" if lora else "s",
+        )
+        ax.annotate(
+            f"{method['trained']:,}", (1, row), (76, 0), ("axes fraction", "data"),
+            textcoords="offset points", ha="right", va="center", color="dimgray",
+        )
+    ax.set_yticks(range(len(table)), table.index)
+    ax.set_ylim(len(table) - 0.4, -0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def plot_ranks(runs, messages):
+    """Return a Figure: test accuracy over the rank of LoRA in all layers, above the `noise_band`."""
+    band = noise_band(runs, messages)
     runs = runs[runs["title"].str.startswith("LoRA, all layers")]
     fig, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    ax.plot(runs["settings.rank"], 100 * runs["test"], "o", alpha=0.5)
-    ax.plot(100 * runs.groupby("settings.rank")["test"].mean())
+    ax.axhspan(*band, color=BAND, zorder=0)
+    ax.plot(runs["settings.rank"], 100 * runs["test"], "o", alpha=0.5, color=LORA, mec="none")
+    ax.plot(100 * runs.groupby("settings.rank")["test"].mean(), color=LORA)
     ax.set_xscale("log", base=2)
-    ax.set_xticks(ranks := sorted(runs["settings.rank"].unique()), map(str, ranks))
+    ranks = sorted(runs["settings.rank"].unique())
+    ax.set_xticks(ranks, map(str, ranks))
     ax.set(xlabel="rank", ylabel="test accuracy (%)")
+    ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig
 
 
 def plot_costs(runs):
-    """Return a Figure: test accuracy over trained parameters, a point a method with its spread."""
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    for number, (title, group) in enumerate(runs.groupby("title", sort=False)):
-        test, spread = 100 * group["test"].mean(), 100 * group["test"].std(ddof=0)
-        marker = "osD^vP*X<>h"[number % 11]
-        ax.errorbar(group["trained_parameters"].iloc[0], test, spread, marker=marker, ls="", label=title)
-    ax.set(xlabel="trained parameters", ylabel="test accuracy (%)", xscale="log")
-    ax.legend(fontsize="small", bbox_to_anchor=(1, 1))
+    """Return a Figure: a step's peak memory and its seconds, one bar per method.
+
+    The rows are in the order of trained parameters, pretrained methods alone: random weights cost the
+    same. Memory is left out where it was not measured.
+    """
+    table = summarise(runs[runs["pretrained"]])
+    titles = {"memory": "memory of a training step (MB)", "seconds": "seconds per training step"}
+    titles = {name: title for name, title in titles.items() if table[name].notna().all()}
+    fig, axes = plt.subplots(
+        1, len(titles), figsize=(2 + 3.2 * len(titles), 0.32 * len(table) + 0.9),
+        sharey=True, layout="constrained", squeeze=False,
+    )
+    colors = [LORA if kind == "lora" else OTHER for kind in table["kind"]]
+    for ax, (name, title) in zip(axes[0], titles.items()):
+        bars = ax.barh(table.index, table[name], color=colors, height=0.7)
+        ax.bar_label(bars, fmt="{:.0f}" if name == "memory" else "{:.3f}", padding=3, fontsize=9)
+        ax.set_xlabel(title)
+        ax.margins(x=0.18)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].invert_yaxis()
     plt.close(fig)
     return fig
