@@ -39,7 +39,7 @@ from fast_path.settings import HelpFormatter, add_flags, take_flags
 from spam_classifier.classifier import PRINTED, save_classifier_adapter
 
 # Listing E.7's settings: of the fast path's options it has none.
-SETTINGS = PRINTED.with_training(bucket=1, decay=False, precision="float32", fused_attention=False)
+AS_PRINTED = PRINTED.with_training(bucket=1, decay=False, precision="float32", fused_attention=False)
 FLAGS = ("rank", "alpha", "scaling", "epochs", "learning_rate", "weight_decay", "batch_size", "seed")
 
 
@@ -181,15 +181,15 @@ def parse_arguments(arguments=None):
         "--assets", type=Choice.parse, default=os.environ.get("LLM_ASSETS") or "book", metavar="WHICH",
         help="book (OpenAI's 124M weights, UCI's messages), embedded, or e.g. model=embedded,data=book",
     )
-    add_flags(parser, SETTINGS, FLAGS)
-    add_flags(parser, SETTINGS.training, FLAGS)
+    add_flags(parser, AS_PRINTED, FLAGS)
+    add_flags(parser, AS_PRINTED.training, FLAGS)
     parser.add_argument("--output-dir", type=Path, default=Path("results"), help="folder for all files")
     options = vars(parser.parse_args(arguments))
     for name in ("epochs", "rank", "batch_size"):
         if options[name] < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    training = take_flags(SETTINGS.training, options)
-    return options["assets"], replace(take_flags(SETTINGS, options), training=training), options["output_dir"]
+    training = take_flags(AS_PRINTED.training, options)
+    return options["assets"], replace(take_flags(AS_PRINTED, options), training=training), options["output_dir"]
 
 
 def main(arguments=None):

@@ -160,27 +160,27 @@ def output_flag(default):
     return flag("--output", type=Path, default=Path(default), help="file or folder to write")
 
 
-ADAPTER = flag("--adapter", type=Path, default=Path("adapter"), help="folder that a fine-tuning wrote")
-ASSETS = flag(
+ADAPTER_FLAG = flag("--adapter", type=Path, default=Path("adapter"), help="folder that a fine-tuning wrote")
+ASSETS_FLAG = flag(
     "--assets", type=Choice.parse, metavar="WHICH",
     help="book, embedded, or for example model=embedded,data=book (default: LLM_ASSETS, else book)",
 )
-MODEL_SIZE = flag(
+MODEL_SIZE_FLAG = flag(
     "--model-size", choices=("124M", "355M", "774M", "1558M"), default="124M",
     help="which of OpenAI's models, if the assets say model=book",
 )
 COMMANDS = {  # name: its function and flags
-    "finetune": (finetune_command, ASSETS, MODEL_SIZE, output_flag("adapter")),
-    "evaluate": (evaluate_command, ADAPTER),
+    "finetune": (finetune_command, ASSETS_FLAG, MODEL_SIZE_FLAG, output_flag("adapter")),
+    "evaluate": (evaluate_command, ADAPTER_FLAG),
     "classify": (
-        classify_command, ADAPTER,
+        classify_command, ADAPTER_FLAG,
         flag("--json", action="store_true", dest="json_lines", help="print one line of JSON per message"),
         flag("messages", nargs="*", help="without any, each line of standard input is one"),
     ),
-    "merge": (merge_command, ADAPTER, output_flag("classifier.pth")),
-    "export-peft": (export_command, ADAPTER, output_flag("adapter-peft")),
+    "merge": (merge_command, ADAPTER_FLAG, output_flag("classifier.pth")),
+    "export-peft": (export_command, ADAPTER_FLAG, output_flag("adapter-peft")),
     "compare": (
-        compare_command, ASSETS, MODEL_SIZE, output_flag("results/compare.jsonl"),
+        compare_command, ASSETS_FLAG, MODEL_SIZE_FLAG, output_flag("results/compare.jsonl"),
         flag("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run per method and seed"),
         flag("--epochs", type=int, default=5, help="passes over the training messages"),
         flag("--methods", nargs="+", help="only those with one of these words in their title"),

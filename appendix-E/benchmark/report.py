@@ -74,7 +74,7 @@ class Measurement:
         return seconds and (seconds * self.value if self.is_rate else seconds / self.value)
 
 
-def compare(measurements, machine, config):
+def compare_contenders(measurements, machine, config):
     """Return one dictionary per measurement: its value, its ratios to others, its fraction of the roofline.
 
     "times_book_at_roofline" is the ratio that the contender would reach at the roofline.
@@ -120,7 +120,7 @@ def table(report):
 
 
 def row_lines(rows):
-    """Return a Markdown table of `compare`'s rows, as a list of lines; [] without rows."""
+    """Return a Markdown table of `compare_contenders`'s rows, as a list of lines; [] without rows."""
     if not rows:
         return []
     lines = [

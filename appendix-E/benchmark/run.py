@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from benchmark.accuracy import compare_accuracy
-from benchmark.report import Measurement, compare, message_flops, plot, table
+from benchmark.report import Measurement, compare_contenders, message_flops, plot, table
 from benchmark.sides import CONFIG, TINY, serve, synchronise
 from benchmark.weights import write_weights
 from book_assets import Choice, get_tokenizer
@@ -40,7 +40,7 @@ from finetune_spam import describe_machine
 from spam_classifier.classifier import encode_splits, load_splits
 
 BATCH, PROMPT = 8, 4
-MESSAGES = {"book": "SMS Spam Collection", "embedded": "embedded messages"}
+DATA_NAMES = {"book": "SMS Spam Collection", "embedded": "embedded messages"}
 MATRIX_WIDTH = {"cpu": 2048, "mps": 2048, "cuda": 8192}  # of the product that measures the machine's peak
 PARTS = ("training", "generation", "memory", "loading", "accuracy")
 
@@ -130,7 +130,7 @@ class Benchmark:
     def __init__(self, args):
         self.args, self.config, self.rounds = args, TINY if args.tiny else CONFIG, 2 if args.quick else 5
         self.measurements, self.percentages, self.accuracies = [], {}, []
-        self.data = MESSAGES[args.assets.data]
+        self.data = DATA_NAMES[args.assets.data]
         self.encoded = encode_splits(load_splits(args.assets), get_tokenizer(), 256)  # gpt2-tiny's context
         self.train, self.validation = self.encoded["train"][0], self.encoded["validation"][0]
         self.lengths = [len(ids) for ids in self.train]
@@ -288,7 +288,7 @@ def read_options(argv=None):
     return args
 
 
-def run(args):
+def run_benchmark(args):
     """Measure the parts that `args` name and return everything as one dictionary, ready for JSON."""
     began, device = time.perf_counter(), torch.device(args.device)
     if args.threads:
@@ -306,7 +306,7 @@ def run(args):
         "messages": {"data": benchmark.data, "count": len(benchmark.train), "padding": benchmark.padding(),
                      "mean_tokens": float(np.mean(benchmark.lengths)), "longest": max(benchmark.lengths)},
         "precision": choose_precision(device), "quick": args.quick, "tiny": args.tiny,
-        "rows": compare(benchmark.measurements, machine, benchmark.config),
+        "rows": compare_contenders(benchmark.measurements, machine, benchmark.config),
         "percentages": benchmark.percentages, "accuracies": benchmark.accuracies,
         "seconds": time.perf_counter() - began,
     }
@@ -315,7 +315,7 @@ def run(args):
 def main(argv=None):
     args = read_options(argv)
     try:
-        report = run(args)
+        report = run_benchmark(args)
     except DownloadError as error:
         sys.exit(str(error))
     print(table(report))

@@ -10,7 +10,7 @@ from benchmark.accuracy import compare_accuracy, padded_loaders
 from benchmark.report import (
     Measurement,
     accuracy_lines,
-    compare,
+    compare_contenders,
     message_flops,
     plot,
     table,
@@ -31,7 +31,7 @@ def report(*measurements, **changes):
     machine = {**MACHINE, "processor": "cpu", "device": "cpu", "threads": 2, "torch": "2"}
     messages = {"count": 10, "data": "some", "mean_tokens": 30, "longest": 120, "padding": 0.1}
     return {"machine": machine, "messages": messages, "precision": "float32", "seconds": 60.0,
-            "percentages": {}, "accuracies": [], "rows": compare(measurements, MACHINE, TINY), **changes}
+            "percentages": {}, "accuracies": [], "rows": compare_contenders(measurements, MACHINE, TINY), **changes}
 
 
 def test_the_roofline_counts_the_last_block_once_per_message():
@@ -53,7 +53,7 @@ def test_a_token_costs_reading_the_weights_or_the_products():
 
 
 def test_ratios_are_above_one_for_the_better_contender():
-    rows = compare([
+    rows = compare_contenders([
         Measurement("training", "book", [1.0, 2.0, 30.0], "examples/s", flops=1e8),
         Measurement("training", "ours", [8.0], "examples/s", flops=1e8),
         Measurement("memory", "book", [400.0], "MiB"),

@@ -25,7 +25,7 @@ DRAWING = "draws or measures something in the notebook alone"
 TRY_OUT = "tries a definition out, in the notebook alone"
 NOTEBOOK_ONLY = {
     "count": TRY_OUT, "matrix_box": DRAWING, "path_arrow": DRAWING, "relative_change": DRAWING,
-    "accuracy_by_loader": DRAWING, "seconds": TRY_OUT, "versus": TRY_OUT,
+    "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
 }
 
 BOOK_NAMES = {

@@ -6,7 +6,14 @@ from matplotlib.figure import Figure
 
 from lora.adapters import take_adapter
 from lora.layers import apply_lora, find_layers, is_conv1d
-from topics.inside_lora import Conv1D, compute_update, draw_adding, draw_merging, pretend_training, small_model
+from topics.inside_lora import (
+    Conv1D,
+    compute_update,
+    draw_adding,
+    draw_merging,
+    pretend_training,
+    small_model,
+)
 
 
 def test_every_call_returns_the_same_model():
