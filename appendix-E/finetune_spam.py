@@ -189,7 +189,8 @@ def parse_arguments(arguments=None):
         if options[name] < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     training = take_flags(AS_PRINTED.training, options)
-    return options["assets"], replace(take_flags(AS_PRINTED, options), training=training), options["output_dir"]
+    settings = replace(take_flags(AS_PRINTED, options), training=training)
+    return options["assets"], settings, options["output_dir"]
 
 
 def main(arguments=None):

@@ -31,7 +31,8 @@ def report(*measurements, **changes):
     machine = {**MACHINE, "processor": "cpu", "device": "cpu", "threads": 2, "torch": "2"}
     messages = {"count": 10, "data": "some", "mean_tokens": 30, "longest": 120, "padding": 0.1}
     return {"machine": machine, "messages": messages, "precision": "float32", "seconds": 60.0,
-            "percentages": {}, "accuracies": [], "rows": compare_contenders(measurements, MACHINE, TINY), **changes}
+            "percentages": {}, "accuracies": [],
+            "rows": compare_contenders(measurements, MACHINE, TINY), **changes}
 
 
 def test_the_roofline_counts_the_last_block_once_per_message():
