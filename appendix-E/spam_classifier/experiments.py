@@ -212,5 +212,5 @@ def summary(runs):
 
 def mean_and_spread(values):
     """Return a text such as "96.2 ± 0.8", or the mean alone for one value."""
-    spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
+    spread = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{values.std():.1f}" if len(values) > 1 else ""
     return f"{values.mean():.1f}{spread}"
