@@ -155,9 +155,9 @@ def accuracy_lines(runs):
 
 def plot(rows, path):
     """Save a bar chart of every row's ratio to the book's loop (log scale), if there is one."""
-    import matplotlib  # not for the contenders' processes
+    import matplotlib.pyplot as plt  # not for the contenders' processes
 
-    matplotlib.use("agg")
+    plt.switch_backend("agg")
     rows = pd.DataFrame([row for row in rows if "times_book" in row and row["contender"] in ("ours", "hf")])
     if rows.empty:
         return
@@ -173,3 +173,4 @@ def plot(rows, path):
     ax.set(xlabel="times the book's loop (more is better)", ylabel="")
     ax.legend()
     ax.figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(ax.figure)

@@ -38,16 +38,16 @@ def test_both_spellings_work_from_any_directory(folder, tmp_path):
     assert output.split() == [str(REPOSITORY / name / f"{name}.py") for name in ("ch04", "ch05", "ch06")]
 
 
+IMPORT = """
+import sys, torch
+before = torch.get_rng_state()
+import {module}
+assert torch.equal(before, torch.get_rng_state()), "random numbers were drawn"
+assert "tensorflow" not in sys.modules and not torch.cuda.is_initialized()
+"""
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_importing_prints_nothing_and_touches_neither_random_state_nor_folder(module, tmp_path):
-    code = f"import torch; before = torch.get_rng_state(); import {module}; " \
-        "assert torch.equal(before, torch.get_rng_state())"
-    assert python(code, tmp_path) == ""
+def test_importing_has_no_side_effects_and_needs_neither_tensorflow_nor_a_gpu(module, tmp_path):
+    assert python(IMPORT.format(module=module), tmp_path) == ""
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_importing_needs_no_tensorflow_and_no_gpu(module, tmp_path):
-    code = f"import sys, torch, {module}; assert 'tensorflow' not in sys.modules; " \
-        "assert not torch.cuda.is_initialized()"
-    python(code, tmp_path)

@@ -50,3 +50,14 @@ def test_a_comparison_is_resumed_not_repeated(tmp_path, bf16_processor):
     assert table.index.tolist() == [method.title for method in methods]
     embedding_bytes = (2 if bf16_processor else 4) * 50257 * 16
     assert "±" in table["test (%)"].iloc[0] and (both["step_memory_bytes"] > embedding_bytes).all()
+
+
+def test_the_summary_is_in_percent_with_the_standard_deviation_of_the_seeds():
+    run = {
+        "title": "one", "trained_parameters": 1000, "checkpoint_bytes": 4e6, "seconds_per_step": 0.1,
+        "step_memory_bytes": None, "train": 1.0, "validation": 0.9, "test": 0.95,
+    }
+    alone = summary(pd.DataFrame([run]))
+    assert alone.loc["one", "test (%)"] == "95.0" and alone.loc["one", "step memory (MB)"] == ""
+    both = summary(pd.DataFrame([run, {**run, "test": 0.97}]))
+    assert both.loc["one", "test (%)"].replace("\xa0", " ") == "96.0 ± 1.4"  # n - 1 in the denominator
