@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from notebooks import NOTEBOOK_LINES
-
 ALLOWED_SKIPS = ("slow:", "needs CUDA", "needs MPS")
 
 
@@ -22,7 +20,6 @@ def pytest_configure(config):
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("MPLBACKEND", "agg")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    config.stash[NOTEBOOK_LINES] = []
 
 
 def pytest_collection_modifyitems(config, items):
@@ -42,13 +39,17 @@ def unexpected_skips(reporter):
 
 def pytest_sessionfinish(session, exitstatus):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # a worker of pytest-xdist: the main process decides
+        return
     if session.config.getoption("--strict-skips") and exitstatus == 0 and unexpected_skips(reporter):
         session.exitstatus = 1
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    for line in config.stash[NOTEBOOK_LINES]:
-        terminalreporter.write_line(line)
+    for report in terminalreporter.stats.get("passed", []):
+        for name, line in report.user_properties:
+            if name == "notebook":
+                terminalreporter.write_line(line)
     if config.getoption("--strict-skips"):
         for test, reason in unexpected_skips(terminalreporter).items():
             terminalreporter.write_line(f"SKIPPED, which --strict-skips forbids: {test}: {reason}")

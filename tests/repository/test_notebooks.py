@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from notebooks import ABRIDGED, CHECK, NOTEBOOK_LINES, NOTEBOOKS, SKIP, all_cells, cells, source, tagged
+from notebooks import ABRIDGED, CHECK, NOTEBOOKS, SKIP, all_cells, cells, source, tagged
 
 MIN_COMPARED = 5
 MOST_CELLS, MOST_CELLS_OF_A_CHAPTER = 60, 90
@@ -26,7 +26,7 @@ def test_every_chapter_has_its_notebook():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
-def test_notebook_executes_offline_and_its_checked_outputs_come_out(path, tmp_path, request):
+def test_notebook_executes_offline_and_its_checked_outputs_come_out(path, tmp_path, record_property):
     copy = shutil.copy(path, tmp_path)  # what it writes goes to the temporary folder
     report = tmp_path / "report.xml"
     environment = os.environ | {
@@ -44,9 +44,8 @@ def test_notebook_executes_offline_and_its_checked_outputs_come_out(path, tmp_pa
     suite = ET.parse(report).getroot().find("testsuite")
     executed = int(suite.get("tests")) - int(suite.get("skipped"))
     compared, skipped = len(tagged(path, CHECK)), len(tagged(path, SKIP))
-    request.config.stash[NOTEBOOK_LINES].append(
-        f"{path.name}: {executed} cells executed, {compared} of them compared, {skipped} skipped"
-    )
+    line = f"{path.name}: {executed} cells executed, {compared} of them compared, {skipped} skipped"
+    record_property("notebook", line)
     assert executed == len(cells(path)) - skipped
     if path.name != "check_environment.ipynb":
         assert compared >= MIN_COMPARED

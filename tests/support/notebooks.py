@@ -3,8 +3,6 @@
 import ast
 import json
 
-import pytest
-
 from book_assets.table import REPOSITORY
 
 NOTEBOOKS = sorted(
@@ -13,7 +11,6 @@ NOTEBOOKS = sorted(
     for path in REPOSITORY.glob(pattern)
     if not any(part.startswith((".", "build")) for part in path.relative_to(REPOSITORY).parts)
 )
-NOTEBOOK_LINES = pytest.StashKey[list]()
 CHECK, SKIP, ABRIDGED = "nbval-check-output", "nbval-skip", "abridged"
 
 
