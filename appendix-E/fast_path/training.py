@@ -135,9 +135,9 @@ def restore(model):
 
 
 def stored_precision(model):
-    """Return "bf16" or "fp16" if any weight of `model` is stored in that, else None."""
+    """Return "bf16" or "fp16" if any weight of `model` is stored in that, else "float32"."""
     stored = {parameter.dtype for parameter in model.parameters()}
-    return next((name for name in ("bf16", "fp16") if PRECISIONS[name] in stored), None)
+    return next((name for name in ("bf16", "fp16") if PRECISIONS[name] in stored), "float32")
 
 
 # Training and prediction
@@ -250,12 +250,12 @@ def accuracy(model, encoded, labels, device, settings=TrainingSettings()):
 def predict(model, encoded, device, settings=TrainingSettings()):
     """Return logits (N, classes), float32 on the CPU, at each message's last token, in the given order.
 
-    A model with weights in bf16 or fp16 is evaluated in that precision, any other in that of
-    `settings`. Raises ValueError if there are no messages.
+    A model is evaluated in the precision in which its weights are stored: float32 unless it comes from
+    `prepare` with another. Raises ValueError if there are no messages.
     """
     if len(encoded) == 0:
         raise ValueError("there are no messages: encode some first")
-    precision = stored_precision(model) or choose_precision(device, settings.precision)
+    precision = stored_precision(model)
     order = np.argsort([-len(ids) for ids in encoded], kind="stable")  # the longest first
     size = settings.eval_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]

@@ -68,7 +68,7 @@ def test_a_prediction_does_not_depend_on_the_other_messages_of_its_batch(tokeniz
 # Adapters
 
 
-@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.usefixtures("stand_ins", "bf16_processor")
 @pytest.mark.parametrize("pad_to", [None, 20])
 def test_an_adapter_comes_back_with_its_notes_and_predictions(tokenizer, pad_to):
     model, texts = adapted_classifier(), ["see you", "win a prize now"]

@@ -66,7 +66,7 @@ def test_unknown_assets_end_with_a_message_and_not_a_traceback(capsys):
     assert re.search(r"--assets: .*nonsense", capsys.readouterr().err)
 
 
-@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.usefixtures("stand_ins", "bf16_processor")
 def test_the_adapter_answers_as_the_printed_classifier_does(tmp_path, tokenizer, capsys):
     results = run_main(tmp_path, "--learning-rate", "0.01")
     model, _, notes = load_classifier_adapter(tmp_path, torch.device("cpu"))
