@@ -12,7 +12,7 @@ import torch
 
 from appendix_e import SCALINGS
 from book_assets import Choice
-from ch04 import GPTModel
+from ch04 import GPTModel, use_fused_attention
 from ch05 import config_from_settings, load_gpt2_model
 from ch06 import SPLITS, add_classification_head, cut_or_pad, encode_message, spam_splits
 from fast_path.settings import TrainingSettings, setting
@@ -180,5 +180,6 @@ def load_classifier_adapter(folder, device):
     seed = settings.get("training", settings)["seed"]  # version 1.0 wrote one level
     model, config = build_classifier(notes["model_size"], seed)
     load_adapter(model, folder)
-    restore(prepare(model, TrainingSettings(precision="float32"), device))
+    model.float().to(device)  # an adapter's file may be in half precision
+    use_fused_attention(model)
     return model.eval(), config, notes | {"assets": Choice(**notes["assets"])}
