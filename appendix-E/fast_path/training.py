@@ -38,7 +38,8 @@ def length_batches(lengths, batch_size, seed, bucket=4):
     """Return index arrays (B,) that cover `lengths` (N,) once, messages of similar length together.
 
     The messages are shuffled, cut into buckets of `bucket` batches, sorted by length within each bucket,
-    and the batches shuffled again: the composition and order of batches depend on `seed`.
+    and the batches shuffled again: the composition and order of batches depend on `seed`, one number or
+    several (a training takes its own seed and the epoch, so that no two seeds share an order).
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))
@@ -158,7 +159,7 @@ def fit(model, train, settings, device, validation=None):
     run = TrainingRun(model, settings, device, total_steps(len(encoded), settings))
     bar = tqdm(range(settings.epochs), "epochs", disable=not settings.progress, leave=False)
     for epoch in bar:
-        history.losses += run.epoch(encoded, labels, seed=settings.seed + epoch)
+        history.losses += run.epoch(encoded, labels, seed=(settings.seed, epoch))
         bar.set_postfix(loss=f"{history.losses[-1]:.3f}")
         if held_out:
             history.accuracies.append(accuracy(model, *held_out, device, settings))
