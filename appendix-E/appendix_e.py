@@ -21,10 +21,12 @@ SCALINGS = {
 # E.4 LoRA
 
 
-def check_lora_options(rank, scaling, dropout, init):
+def check_lora_options(rank, alpha, scaling, dropout, init):
     """Raise ValueError, naming the possible values, for an option that is not one of them."""
     if rank < 1:
         raise ValueError(f"rank must be at least 1, not {rank}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, not {alpha}")
     if scaling not in SCALINGS:
         known = ", ".join(SCALINGS)
         raise ValueError(f"scaling must be one of {known}, not {scaling!r}")
@@ -51,7 +53,7 @@ class LoRALayer(nn.Module):
         init="printed", device=None, dtype=None,
     ):
         super().__init__()
-        check_lora_options(rank, scaling, dropout, init)
+        check_lora_options(rank, alpha, scaling, dropout, init)
         self.rank, self.alpha, self.scaling = rank, alpha, scaling
         self.dropout, self.init = dropout, init
         self.A = nn.Parameter(torch.empty(in_dim, rank))

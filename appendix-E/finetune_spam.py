@@ -12,22 +12,26 @@ learning rate decay. Both save an adapter that the other commands of `lora_in_pr
 
 import argparse
 import json
-import os
 import platform
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+try:
+    from book_assets.command_line import add_assets_flag, command
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}: start with python setup/run_main.py, which installs everything")
 import torch
 from torch.utils.data import DataLoader
 
 from appendix_e import count_parameters, freeze, replace_linear_with_lora
-from book_assets import Choice, get_tokenizer
-from book_assets.downloads import DownloadError
+from book_assets import choose_assets, get_tokenizer
+from book_assets.files import check_outputs, replacing, write_whole
 from ch04 import pick_device
-from ch05 import load_gpt2_model
+from ch05 import evaluation_epochs, load_gpt2_model
 from ch06 import (
+    SPLITS,
     SpamDataset,
     add_classification_head,
     calc_accuracy_loader,
@@ -36,10 +40,13 @@ from ch06 import (
     train_classifier_simple,
 )
 from fast_path.settings import HelpFormatter, add_flags, take_flags
+from lora.adapters import WEIGHTS_FILE
 from spam_classifier.classifier import PRINTED, save_classifier_adapter
 
 # Listing E.7's settings: of the fast path's options it has none.
 AS_PRINTED = PRINTED.with_training(bucket=1, decay=False, precision="float32", fused_attention=False)
+EVAL_FREQ = 50  # steps from one line of the training log to the next
+PLOTS = {"loss.png": "losses", "accuracy.png": "accs"}
 FLAGS = ("rank", "alpha", "scaling", "epochs", "learning_rate", "weight_decay", "batch_size", "seed")
 
 
@@ -50,7 +57,8 @@ def prepare_datasets(splits, context_length, folder):
     that is less.
     """
     for name, split in splits.items():
-        split.to_csv(folder / f"{name}.csv", index=None)
+        with replacing(folder / f"{name}.csv") as partial:
+            split.to_csv(partial, index=None)
     tokenizer = get_tokenizer()
     longest = SpamDataset(folder / "train.csv", tokenizer).max_length
     length = min(longest, context_length)
@@ -89,22 +97,23 @@ def train_with_lora(model, loaders, device, *, epochs, learning_rate, weight_dec
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
     results = train_classifier_simple(
         model, loaders["train"], loaders["validation"], optimizer, device,
-        num_epochs=epochs, eval_freq=50, eval_iter=5, progress=sys.stderr.isatty(),
+        num_epochs=epochs, eval_freq=EVAL_FREQ, eval_iter=5, progress=sys.stderr.isatty(),
     )
     names = ("train_losses", "val_losses", "train_accs", "val_accs", "examples_seen")
     curves = dict(zip(names, results, strict=True))
     return curves | {"training_seconds": round(time.perf_counter() - start, 1)}
 
 
-def save_plots(curves, epochs, folder):
-    """Plot losses and accuracies into loss.png and accuracy.png in `folder`; return the two paths."""
-    paths = [folder / "loss.png", folder / "accuracy.png"]
-    for path, kind in zip(paths, ("losses", "accs"), strict=True):
-        train_values, val_values = curves[f"train_{kind}"], curves[f"val_{kind}"]
-        epochs_seen = torch.linspace(0, epochs, len(train_values))
-        examples_seen = torch.linspace(0, curves["examples_seen"], len(train_values))
-        plot_values(epochs_seen, examples_seen, train_values, val_values, path.stem, save_as=path)
-    return paths
+def save_plots(results, folder):
+    """Plot losses and accuracies into loss.png and accuracy.png in `folder`."""
+    epochs = results["settings"]["training"]["epochs"]
+    per_epoch = results["examples_seen"] / epochs
+    steps_per_epoch = per_epoch / results["settings"]["training"]["batch_size"]
+    evaluations = evaluation_epochs(len(results["train_losses"]), EVAL_FREQ, steps_per_epoch)
+    for (name, kind), epochs_seen in zip(PLOTS.items(), (evaluations, range(1, epochs + 1)), strict=True):
+        values = results[f"train_{kind}"], results[f"val_{kind}"]
+        examples_seen = [per_epoch * epoch for epoch in epochs_seen]
+        plot_values(epochs_seen, examples_seen, *values, Path(name).stem, save_as=folder / name)
 
 
 def accuracy_table(rows):
@@ -137,22 +146,23 @@ def prepare_model_and_data(choice, training, folder, device):
     return model, loaders, length
 
 
-def write_results(results, folder):
-    """Write the plots and results.json into `folder` and print their paths."""
-    epochs = results["settings"]["training"]["epochs"]
-    paths = [*save_plots(results, epochs, folder), folder / "results.json"]
-    paths[-1].write_text(json.dumps(results, indent=2), encoding="utf-8")
-    print(f"{results['seconds']} s, of these {results['training_seconds']} s training. Written:")
-    print(*(f"  {path}" for path in paths), sep="\n")
+def output_files(folder):
+    """Return the paths of all files that the main job writes: plots, numbers, adapter, messages."""
+    tables = [f"{split}.csv" for split in SPLITS]
+    return [Path(folder, name) for name in (*PLOTS, "results.json", WEIGHTS_FILE, *tables)]
 
 
 def run_main_job(choice, settings, folder):
-    """Do the main job on the `choice` of assets with `LoRASettings`; write only into `folder`."""
+    """Do the main job on the `choice` of assets with `LoRASettings`; write only into `folder`.
+
+    What has been trained is saved before anything about it is printed, numbers before pictures. Raises
+    `book_assets.files.OutputError` at once if `folder` cannot be written.
+    """
     start = time.perf_counter()
+    check_outputs(*output_files(folder))
     device = pick_device()
     training = settings.training
     print(choice)
-    folder.mkdir(parents=True, exist_ok=True)
     model, loaders, length = prepare_model_and_data(choice, training, folder, device)
     torch.manual_seed(training.seed)
     before = accuracy_by_split(model, loaders, device, num_batches=10)
@@ -161,45 +171,44 @@ def run_main_job(choice, settings, folder):
         model, loaders, device, epochs=training.epochs, learning_rate=training.learning_rate,
         weight_decay=training.weight_decay, seed=training.seed,
     )
-    after = accuracy_by_split(model, loaders, device)
     save_classifier_adapter(model, folder, choice.model_size(), choice, settings, pad_to=length)
-    print("", accuracy_table({"before (10 batches)": before, "after (all)": after}), "", sep="\n")
+    after = accuracy_by_split(model, loaders, device)
     results = {
         "assets": asdict(choice), "settings": asdict(settings),
         "accuracy_before": before, "accuracy_after": after, **curves,
         "seconds": round(time.perf_counter() - start, 1), "machine": describe_machine(device),
     }
-    write_results(results, folder)
-    command = "python appendix-E/lora_in_practice.py classify"
-    print(f'Try it: {command} --adapter "{folder}" "Are we still on for dinner?"')
+    write_whole(folder / "results.json", json.dumps(results, indent=2, allow_nan=False))
+    save_plots(results, folder)
+    print("", accuracy_table({"before (10 batches)": before, "after (all)": after}), "", sep="\n")
+    print_files(results, folder)
+
+
+def print_files(results, folder):
+    """Print how long the main job took, what it has written and what to do with it."""
+    print(f"{results['seconds']} s, of these {results['training_seconds']} s training. Written:")
+    print(*(f"  {path}" for path in output_files(folder)), sep="\n")
+    classify = "python appendix-E/lora_in_practice.py classify"
+    print(f'Try it: {classify} --adapter "{folder}" "Are we still on for dinner?"')
 
 
 def parse_arguments(arguments=None):
     """Return the `Choice` of assets, the `LoRASettings` and the output folder of a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument(
-        "--assets", type=Choice.parse, default=os.environ.get("LLM_ASSETS") or "book", metavar="WHICH",
-        help="book (OpenAI's 124M weights, UCI's messages), embedded, or e.g. model=embedded,data=book",
-    )
+    add_assets_flag(parser)
     add_flags(parser, AS_PRINTED, FLAGS)
     add_flags(parser, AS_PRINTED.training, FLAGS)
     parser.add_argument("--output-dir", type=Path, default=Path("results"), help="folder for all files")
     options = vars(parser.parse_args(arguments))
-    for name in ("epochs", "rank", "batch_size"):
-        if options[name] < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     training = take_flags(AS_PRINTED.training, options)
     settings = replace(take_flags(AS_PRINTED, options), training=training)
-    return options["assets"], settings, options["output_dir"]
+    return options["assets"] or choose_assets("book"), settings, options["output_dir"]
 
 
+@command
 def main(arguments=None):
-    """Run the command, see --help. User errors end with a message instead of a traceback."""
-    choice, settings, folder = parse_arguments(arguments)
-    try:
-        run_main_job(choice, settings, folder)
-    except DownloadError as error:
-        sys.exit(str(error))
+    """Run the command, see --help."""
+    run_main_job(*parse_arguments(arguments))
 
 
 if __name__ == "__main__":

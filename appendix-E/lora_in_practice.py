@@ -16,15 +16,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+try:
+    from book_assets.command_line import add_assets_flag, command, read_lines
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}: start with python setup/run_main.py, which installs everything")
 from appendix_e import count_parameters
-from book_assets import Choice, choose_assets, get_tokenizer, is_quick
-from book_assets.downloads import DownloadError
+from book_assets import choose_assets, get_tokenizer
+from book_assets.files import check_outputs
 from ch04 import pick_device
 from ch06 import save_classifier
 from fast_path.settings import HelpFormatter, TrainingSettings, add_flags, take_flags
-from lora.adapters import load_adapter, save_adapter
+from lora.adapters import WEIGHTS_FILE, load_adapter, save_adapter
 from lora.layers import apply_lora, merge_lora, print_parameters, unmerge_lora
-from lora.peft_format import export_peft, import_peft
+from lora.peft_format import PEFT_SETTINGS, PEFT_WEIGHTS, export_peft, import_peft
 from spam_classifier.classifier import (
     CLASSES,
     LoRASettings,
@@ -57,6 +61,7 @@ def finetune_command(model_size, output, assets=None, **options):
     Take this for your own work, and finetune_spam.py for appendix E as printed, which is several times
     slower and, with other settings and padding, has other accuracies.
     """
+    check_outputs(Path(output, WEIGHTS_FILE))
     device = pick_device()
     assets = assets or choose_assets("book")
     size = assets.model_size(model_size)
@@ -64,15 +69,15 @@ def finetune_command(model_size, output, assets=None, **options):
     settings = replace(take_flags(LoRASettings(), options), training=training)
     print(assets)
     model, _ = build_classifier(size, training.seed)
-    encoded = encode_splits(load_splits(assets, is_quick()), get_tokenizer(), context_length(model))
+    encoded = encode_splits(load_splits(assets), get_tokenizer(), context_length(model))
     settings.adapt(model)
     print_parameters(model)
     history = finetune(model, encoded, training, device)
+    folder = save_classifier_adapter(model, output, size, assets, settings)
     for epoch, accuracy in enumerate(history.accuracies, start=1):
         print(f"epoch {epoch}: validation accuracy {accuracy:.2%}")
     for split, accuracy in accuracies(model, encoded, device).items():
         print(f"{split:<10} {accuracy:.2%}")
-    folder = save_classifier_adapter(model, output, size, assets, settings)
     print(f"{history.seconds:.0f} s of training; adapter written to {folder}")
 
 
@@ -84,7 +89,7 @@ def evaluate_command(adapter):
     device = pick_device()
     model, _, notes = load_classifier_adapter(adapter, device)
     print(notes["assets"])
-    splits = load_splits(notes["assets"], is_quick())
+    splits = load_splits(notes["assets"])
     encoded = encode_splits(splits, get_tokenizer(), context_length(model), notes["pad_to"])
     test, labels = encoded["test"]
     labels, predictions = labels.numpy(), predict_classes(model, test, device).numpy()
@@ -99,8 +104,7 @@ def evaluate_command(adapter):
 
 def classify_command(adapter, messages=(), json_lines=False):
     """Print the label of each message and its probability."""
-    lines = messages or sys.stdin.read().splitlines()
-    texts = [text for text in lines if text.strip()]
+    texts = [text for text in messages or read_lines() if text.strip()]
     if not texts:
         raise ValueError("there is no message: give some as arguments, or one per line on standard input")
     device = pick_device()
@@ -114,20 +118,23 @@ def classify_command(adapter, messages=(), json_lines=False):
 
 def merge_command(adapter, output):
     """Merge adapter and base model into an ordinary classifier of chapter 6, one file."""
+    check_outputs(output)
     model, config, notes = load_classifier_adapter(adapter, pick_device())
     merge_lora(model)
-    save_classifier(output, model, config, max_length=notes["pad_to"] or context_length(model))
+    save_classifier(output, model, config, max_length=notes["pad_to"])
     print(f"{output}: read it with ch06.load_classifier")
 
 
 def export_command(adapter, output):
     """Write the adapter in the format of Hugging Face PEFT."""
+    check_outputs(Path(output, PEFT_WEIGHTS), Path(output, PEFT_SETTINGS))
     model, _, _ = load_classifier_adapter(adapter, pick_device())
     print(f"{export_peft(model, output)}: read it with peft.PeftModel.from_pretrained")
 
 
 def compare_command(model_size, seeds, epochs, output, assets=None, methods=(), learning_rates=()):
     """Train every method with every seed, except the runs that the file has already; print the table."""
+    check_outputs(output)
     assets = assets or choose_assets("book")
     print(assets)
     chosen = [m for m in METHODS if not methods or any(word in m.title for word in methods)]
@@ -136,7 +143,7 @@ def compare_command(model_size, seeds, epochs, output, assets=None, methods=(), 
     if learning_rates:
         chosen = [with_learning_rate(method, rate) for method in chosen for rate in learning_rates]
     runs = compare(
-        assets, output, chosen, tuple(seeds), model_size, epochs, quick=is_quick(),
+        assets, output, chosen, tuple(seeds), model_size, epochs,
         report=lambda line: print(line, flush=True),
     )
     print(summary(runs).to_string())
@@ -161,16 +168,12 @@ def output_flag(default):
 
 
 ADAPTER_FLAG = flag("--adapter", type=Path, default=Path("adapter"), help="folder that a fine-tuning wrote")
-ASSETS_FLAG = flag(
-    "--assets", type=Choice.parse, metavar="WHICH",
-    help="book, embedded, or for example model=embedded,data=book (default: LLM_ASSETS, else book)",
-)
 MODEL_SIZE_FLAG = flag(
     "--model-size", choices=("124M", "355M", "774M", "1558M"), default="124M",
     help="which of OpenAI's models, if the assets say model=book",
 )
 COMMANDS = {  # name: its function and flags
-    "finetune": (finetune_command, ASSETS_FLAG, MODEL_SIZE_FLAG, output_flag("adapter")),
+    "finetune": (finetune_command, MODEL_SIZE_FLAG, output_flag("adapter")),
     "evaluate": (evaluate_command, ADAPTER_FLAG),
     "classify": (
         classify_command, ADAPTER_FLAG,
@@ -180,7 +183,7 @@ COMMANDS = {  # name: its function and flags
     "merge": (merge_command, ADAPTER_FLAG, output_flag("classifier.pth")),
     "export-peft": (export_command, ADAPTER_FLAG, output_flag("adapter-peft")),
     "compare": (
-        compare_command, ASSETS_FLAG, MODEL_SIZE_FLAG, output_flag("results/compare.jsonl"),
+        compare_command, MODEL_SIZE_FLAG, output_flag("results/compare.jsonl"),
         flag("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one run per method and seed"),
         flag("--epochs", type=int, default=5, help="passes over the training messages"),
         flag("--methods", nargs="+", help="only those with one of these words in their title"),
@@ -199,19 +202,18 @@ def build_parser():
         sub.set_defaults(command=function)
         for names, options in flags:
             sub.add_argument(*names, **options)
+    for name in ("finetune", "compare"):
+        add_assets_flag(commands.choices[name])
     add_flags(commands.choices["finetune"], LoRASettings())
     add_flags(commands.choices["finetune"], TrainingSettings())
     return parser
 
 
+@command
 def main(arguments=None):
-    """Run one command. User errors end with a message instead of a traceback."""
+    """Run one command, see --help."""
     options = vars(build_parser().parse_args(arguments))
-    command = options.pop("command")
-    try:
-        command(**options)
-    except (ValueError, FileNotFoundError, DownloadError) as error:
-        sys.exit(f"error: {error}")
+    options.pop("command")(**options)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from book_assets import get_tokenizer, replacing
+from book_assets import get_tokenizer
+from book_assets.files import replacing
 from ch04 import GPTModel, KVCache, generate_text_simple
 from gpt_download import CONFIG_NAMES, download_and_load_gpt2
 
@@ -178,6 +179,12 @@ def train_model_simple(
     return train_losses, val_losses, track_tokens_seen
 
 
+def evaluation_epochs(evaluations, eval_freq, steps_per_epoch):
+    """Return how many epochs had passed at each of so many evaluations, the first one after one step."""
+    steps = range(1, evaluations * eval_freq + 1, eval_freq)
+    return [step / steps_per_epoch for step in steps]
+
+
 def plot_curves(epochs_seen, counts_seen, counted, curves, ylabel, save_as=None):
     """Return a Figure of two `curves`, {label: values}, over epochs (below) and a count (above).
 
@@ -197,7 +204,8 @@ def plot_curves(epochs_seen, counts_seen, counted, curves, ylabel, save_as=None)
     ax.legend()
     upper.set_xlabel(f"{counted} seen")
     if save_as:
-        fig.savefig(save_as)
+        with replacing(save_as) as partial:
+            fig.savefig(partial, format=Path(save_as).suffix[1:] or None)
     plt.close(fig)  # a notebook shows the returned figure, once
     return fig
 

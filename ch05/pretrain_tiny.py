@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from book_assets import get_tokenizer, replacing
+from book_assets import get_tokenizer
+from book_assets.files import replacing
 from book_assets.table import EMBEDDED_MODEL
 from ch04 import GPTModel, pick_device, use_fused_attention
 from gpt_download import CONFIG_NAMES

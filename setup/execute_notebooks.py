@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from book_assets import replacing
+from book_assets.files import replacing
 
 
 def execute(path):

@@ -14,8 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from book_assets import in_cache, replacing
+from book_assets import in_cache
 from book_assets.downloads import DownloadError, fetch
+from book_assets.files import replacing
 from book_assets.table import ASSETS, EMBEDDED_MODEL, VOCABULARY
 
 

@@ -15,7 +15,7 @@ def setting(default, help, **flag):
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How `training.fit` and `training.predict` run. Raises ValueError for a count below 1."""
+    """How `training.fit` and `training.predict` run. Raises ValueError for a value out of its range."""
 
     epochs: int = setting(5, "passes over the training messages")
     batch_size: int = setting(8, "messages per batch")
@@ -39,6 +39,12 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError(f"learning_rate must be in (0, 1], not {self.learning_rate}: try 1e-4")
+        if not 0 <= self.weight_decay <= 1 / self.learning_rate:  # beyond, a step would turn a weight's sign
+            raise ValueError(f"weight_decay must be in [0, 1 / learning_rate], not {self.weight_decay}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), not {self.seed}")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

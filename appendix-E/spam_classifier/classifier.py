@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import torch
 
-from appendix_e import SCALINGS
+from appendix_e import SCALINGS, check_lora_options
 from book_assets import Choice
 from ch04 import GPTModel, use_fused_attention
 from ch05 import config_from_settings, load_gpt2_model
@@ -28,7 +28,7 @@ QUICK_SIZES = dict(zip(SPLITS, (64, 32, 64), strict=True))
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """What `apply_lora` puts into the classifier, and how it is trained."""
+    """What `apply_lora` puts into the classifier, and how it is trained. Raises ValueError as that does."""
 
     rank: int = setting(16, "columns of A, rows of B")
     alpha: float = setting(16.0, "scale of the LoRA branch, see --scaling")
@@ -41,6 +41,9 @@ class LoRASettings:
     )
     dropout: float = setting(0.0, "fraction of the LoRA branch's inputs dropped in training")
     training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    def __post_init__(self):
+        check_lora_options(self.rank, self.alpha, self.scaling, self.dropout, "printed")
 
     def with_training(self, **changes):
         """Return a copy with some of the `TrainingSettings` changed."""

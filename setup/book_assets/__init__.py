@@ -8,7 +8,6 @@ import io
 import json
 import os
 from argparse import ArgumentTypeError
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -47,13 +46,18 @@ class Choice:
             known |= {f"model={model},data={data}": choice, f"data={data},model={model}": choice}
         if text.replace(" ", "") not in known:
             raise AssetsError(
-                f'{text!r} is not a choice of assets: use "book", "embedded", or "model=…,data=…" '
-                "with one of the two words for each (environment variable LLM_ASSETS)"
+                f"{text!r} is not a choice of assets: use book, embedded, or model=WORD,data=WORD "
+                "with one of these two words for each"
             )
         return known[text.replace(" ", "")]
 
     def model_size(self, size="124M"):
-        """Return the size of GPT-2 to load: "tiny" if the embedded model is chosen, else `size`."""
+        """Return the size of GPT-2 to load: "tiny" if the embedded model is chosen, else `size`.
+
+        Raises AssetsError for another size of the embedded model.
+        """
+        if self.model == "embedded" and size not in ("124M", "tiny"):
+            raise AssetsError(f"the embedded model has one size, tiny: choose model=book for {size}")
         return "tiny" if self.model == "embedded" else size
 
     def __str__(self):
@@ -65,30 +69,28 @@ def choose_assets(default="book"):
 
     Raises AssetsError, as `Choice.parse` does.
     """
-    return Choice.parse(os.environ.get("LLM_ASSETS", "").strip() or default)
+    text = os.environ.get("LLM_ASSETS", "").strip()
+    try:
+        return Choice.parse(text or default)
+    except AssetsError as error:
+        raise AssetsError(f"the environment variable LLM_ASSETS: {error}" if text else str(error)) from None
 
 
 def is_quick():
-    """Return whether NOTEBOOK_QUICK asks for short training runs: set, and neither empty nor 0."""
-    return os.environ.get("NOTEBOOK_QUICK", "") not in ("", "0")
+    """Return whether NOTEBOOK_QUICK asks the notebooks for short training runs: unset, empty, 0 or 1.
+
+    The words false, no and off, true, yes and on are understood as well; ValueError for any other.
+    """
+    word = os.environ.get("NOTEBOOK_QUICK", "").strip().lower()
+    if word not in ("", "0", "false", "no", "off", "1", "true", "yes", "on"):
+        raise ValueError(f"NOTEBOOK_QUICK={word}: set it to 1 for short training runs, or unset it")
+    return word in ("1", "true", "yes", "on")
 
 
 def in_cache(path):
     """Return `path`, placed under LLM_CACHE_DIR if that variable is set and `path` is relative."""
     cache = os.environ.get("LLM_CACHE_DIR")
     return Path(cache).expanduser().absolute() / path if cache else Path(path)
-
-
-@contextmanager
-def replacing(path):
-    """Yield a temporary path to write to; rename it to `path` on success, delete it after an error."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # The tokenizer

@@ -15,8 +15,9 @@ from pathlib import Path
 from filelock import FileLock
 from pooch import file_hash
 
-from book_assets import in_cache, replacing
+from book_assets import in_cache
 from book_assets.archives import LARGEST, ArchiveError, copy_member, member_hash
+from book_assets.files import replacing
 from book_assets.table import ASSETS
 from book_assets.transfer import LOGIN_PAGE, RETRY, Rejected, Transfer
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import book_assets
-from book_assets import AssetsError, Choice, choose_assets, get_tokenizer, in_cache, is_quick, replacing
+from book_assets import AssetsError, Choice, choose_assets, get_tokenizer, in_cache, is_quick
+from book_assets.files import replacing
 from book_assets.table import ASSETS, EMBEDDED_MODEL, REPOSITORY
 from fetch_assets import fill_tiktoken_cache
 
@@ -90,7 +91,7 @@ def test_an_empty_variable_leaves_the_default(monkeypatch):
 )
 def test_another_choice_is_an_error_that_names_the_choices(text, monkeypatch):
     monkeypatch.setenv("LLM_ASSETS", text)
-    with pytest.raises(ValueError, match=r"book.*embedded.*model=….data=….*LLM_ASSETS"):
+    with pytest.raises(ValueError, match=r"LLM_ASSETS.*book.*embedded.*model=WORD.data=WORD"):
         choose_assets()
 
 
@@ -105,7 +106,9 @@ def test_argparse_prints_the_error_of_another_choice_unchanged(capsys):
 
 
 def test_the_embedded_model_has_one_size():
-    assert Choice.parse("embedded").model_size("355M") == "tiny"
+    assert Choice.parse("embedded").model_size() == Choice.parse("embedded").model_size("tiny") == "tiny"
+    with pytest.raises(AssetsError, match="one size, tiny: choose model=book for 355M"):
+        Choice.parse("embedded").model_size("355M")
     assert Choice.parse("data=embedded,model=book").model_size("355M") == "355M"
     assert Choice.parse("book").model_size() == "124M"
 
