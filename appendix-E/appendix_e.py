@@ -83,7 +83,8 @@ class LinearWithLoRA(nn.Module):
     def __init__(self, linear, rank, alpha, **options):
         super().__init__()
         self.linear = linear
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        wide = torch.promote_types(linear.weight.dtype, torch.float32)  # trains A, B
+        like = {"device": linear.weight.device, "dtype": wide}
         self.lora = LoRALayer(*self.sizes(), rank, alpha, **{**like, **options})
         self.train(linear.training)
 
