@@ -26,7 +26,7 @@ def check_lora_options(rank, alpha, scaling, dropout, init):
     """Raise ValueError, naming the possible values, for an option that is not one of them."""
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank must be at least 1 and a whole number, not {rank!r}")
-    if not is_number(alpha) or not abs(alpha) < math.inf:
+    if not is_number(alpha) or not abs(alpha) < 3e38:  # float32
         raise ValueError(f"alpha must be a finite number, not {alpha!r}")
     if scaling not in [*SCALINGS]:
         known = ", ".join(SCALINGS)
@@ -179,13 +179,13 @@ def check_layers(layers, rank):
         raise ValueError("a lazy Linear has no size yet: run the model once, then adapt it")
     widest = max((size for weight in weights for size in weight.shape), default=rank)
     if is_number(rank) and rank > widest:
-        raise ValueError(f"rank {rank} is above every dimension of these layers: use at most {widest}")
+        raise ValueError(f"rank {rank} is above every size of these layers: use at most {widest}")
 
 
 def warn_of_the_rest(model, trained=()):
-    """Warn of weight matrices, in modules not in `trained`, without LoRA; embeddings are meant to have none.
+    """Warn of weight matrices without LoRA: of Conv1D, convolutions, torch's attention and the like.
 
-    They are those of layers that are no Linear: Conv1D, convolutions, torch's attention (query, key, value).
+    Embeddings, which are meant to have none, and the modules in `trained` do not count.
     """
     known = (LinearWithLoRA, nn.Linear, nn.Embedding, nn.EmbeddingBag)
     found = [m for m in model.modules() if m in trained or isinstance(m, known)]
@@ -197,9 +197,9 @@ def warn_of_the_rest(model, trained=()):
     ]
     if rest:
         warnings.warn(
-            f"{len(rest)} weight matrices get no LoRA, for their layers are no nn.Linear: "
-            f"{', '.join(rest[:3])}{' …' * (len(rest) > 3)}. lora.layers.apply_lora adapts Conv1D and "
-            "can train other modules in full", stacklevel=3,
+            f"{len(rest)} weight(s) in layers other than nn.Linear get no LoRA: "
+            f"{', '.join(rest[:3])}{' …' * (len(rest) > 3)}; lora.layers.apply_lora "
+            "adapts Conv1D and can train other modules in full", stacklevel=3,
         )
 
 

@@ -156,6 +156,7 @@ def swap(model, new):
     """Replace each module that is a key of `new` by its value, wherever it occurs in `model`."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
+            child = getattr(child, "_orig_mod", child)  # a compiled layer's own
             if child in new:
                 setattr(parent, name, new[child])
 
@@ -186,7 +187,7 @@ def apply_lora(
     layers = [*find_layers(model, targets).values()]
     layers = [layer for layer in layers if layer not in inside]
     if not layers:
-        raise ValueError("nothing is left for LoRA: add targets not in train_in_full")
+        raise ValueError("nothing is left for LoRA: name targets that are not in train_in_full")
     check_layers(layers, rank)
     options = {"scaling": scaling, "dropout": dropout, "init": init}
     new = {old: with_lora(old, rank, alpha, **options) for old in layers}
@@ -202,9 +203,11 @@ def apply_lora(
 def check_full(model, full):
     """Return the set of all modules inside those of `full`, {name: module to train in full}.
 
-    Raises ValueError if a weight of theirs is also another module's, or for an embedding in half precision,
-    which takes integers and so does not tell in which dtype its results are wanted.
+    Raises ValueError if a weight of theirs is also another module's, and for a layer in half precision
+    that `keep_in_float32` cannot help: an embedding, which takes integers, and out_proj of torch's
+    attention, whose weight is read.
     """
+    unfit = (nn.Embedding, nn.EmbeddingBag, nn.modules.linear.NonDynamicallyQuantizableLinear)
     inside = {part for module in full.values() for part in module.modules()}
     trained = {p: f"{name}.{n}" for name, m in full.items() for n, p in m.named_parameters()}
     for path, module in named_parts(model).items():
@@ -214,7 +217,7 @@ def check_full(model, full):
                     f"{trained[parameter]} is also {path}.{name}: give it LoRA instead, "
                     "or untie it first (assign a copy, nn.Parameter(weight.clone()))"
                 )
-            if isinstance(module, nn.Embedding) and module in inside and not is_wide(parameter):
+            if isinstance(module, unfit) and module in inside and not is_wide(parameter):
                 raise ValueError(f"{path} in half precision cannot be trained: call model.float() first")
     return inside
 
@@ -260,8 +263,8 @@ def is_merged(model):
 
 def merged_layers(model):
     """Return [(layer with LoRA, its base weight, configs that tied it)] of what `merge_lora` has merged."""
-    parts = model.modules()
-    return [part._merged_lora for part in parts if hasattr(part, "_merged_lora")]
+    parts = [vars(part) for part in model.modules()]
+    return [part["_merged_lora"] for part in parts if "_merged_lora" in part]
 
 
 def merged_weight(layer):
@@ -272,8 +275,8 @@ def merged_weight(layer):
     base = layer.linear._parameters.get("weight")
     if base is None or not base.is_floating_point():
         raise ValueError(
-            f"the weight of {layer.linear} is quantized or computed (weight norm), so LoRA "
-            "cannot be merged: load it unquantized, or remove the parametrization"
+            f"the weight of a {type(layer.linear).__name__} here is quantized or computed, as by weight "
+            "norm, so LoRA cannot be merged: load it unquantized, or remove the parametrization"
         )
     return layer.weight.detach()
 
