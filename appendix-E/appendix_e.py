@@ -7,6 +7,7 @@
 """
 
 import math
+import warnings
 
 import torch
 from torch import nn
@@ -23,17 +24,21 @@ SCALINGS = {
 
 def check_lora_options(rank, alpha, scaling, dropout, init):
     """Raise ValueError, naming the possible values, for an option that is not one of them."""
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, not {rank}")
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha must be a finite number, not {alpha}")
-    if scaling not in SCALINGS:
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"rank must be at least 1 and a whole number, not {rank!r}")
+    if not is_number(alpha) or not abs(alpha) < 3e38:  # float32
+        raise ValueError(f"alpha must be a finite number, not {alpha!r}")
+    if scaling not in [*SCALINGS]:
         known = ", ".join(SCALINGS)
         raise ValueError(f"scaling must be one of {known}, not {scaling!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), not {dropout}")
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), not {dropout!r}")
     if init not in ("printed", "paper"):
         raise ValueError(f"init must be 'printed' or 'paper', not {init!r}")
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class LoRALayer(nn.Module):
@@ -75,14 +80,23 @@ class LoRALayer(nn.Module):
 class LinearWithLoRA(nn.Module):
     """linear(x) + lora(x): the original layer and a `LoRALayer` beside it.
 
-    `options` are LoRALayer's keywords; A and B are on the linear's device and of its dtype unless
-    these say otherwise. `weight`, for code that reads it instead of calling the layer, is
-    W + scale · (A B)ᵀ, (out_features, in_features). Source: listing E.6.
+    `options` are LoRALayer's keywords; unless these say otherwise, A and B are on the linear's device,
+    in float32, or in float64 if the linear is. `weight`, for code that reads it instead of calling the
+    layer, is W + scale · (A B)ᵀ, (out_features, in_features), in W's dtype; a parameter assigned to it,
+    as tying does, becomes W. Raises ValueError for dropout in the output layer of torch's attention,
+    which reads the weight. Source: listing E.6.
     """
 
     def __init__(self, linear, rank, alpha, **options):
         super().__init__()
+        read = nn.modules.linear.NonDynamicallyQuantizableLinear
+        if options.get("dropout") and isinstance(linear, read):
+            raise ValueError(
+                "dropout cannot act in out_proj of torch's MultiheadAttention, which reads "
+                "the weight: use dropout=0, or leave out_proj out"
+            )
         self.linear = linear
+        self.in_features, self.out_features = self.sizes()
         wide = torch.promote_types(linear.weight.dtype, torch.float32)  # trains A, B
         like = {"device": linear.weight.device, "dtype": wide}
         self.lora = LoRALayer(*self.sizes(), rank, alpha, **{**like, **options})
@@ -99,11 +113,19 @@ class LinearWithLoRA(nn.Module):
 
     @property
     def weight(self):
-        return self.linear.weight + self.update()
+        base = self.linear.weight
+        wide = torch.promote_types(self.lora.A.dtype, torch.float32)
+        update = self.update(wide)
+        if base.shape != update.shape:
+            raise ValueError("this layer was resized since it has LoRA: resize the model first")
+        return (base + update).to(base.dtype)
 
     @property
     def bias(self):
         return self.linear.bias
+
+    def register_parameter(self, name, parameter):  # layer.weight = parameter
+        self.linear.register_parameter(name, parameter)
 
     def forward(self, x):
         return self.linear(x) + self.lora(x)
@@ -118,8 +140,10 @@ def replace_linear_with_lora(model, rank, alpha, *, select=is_linear, **options)
     """Replace every Linear layer of `model`, at any depth and in place, by a `LinearWithLoRA`.
 
     A layer that already has LoRA is left alone; a layer used twice is adapted once and stays shared.
-    `select(path, module)` says which layers to adapt; `options` are LoRALayer's keywords. Raises
-    ValueError, before any change, if `model` is itself a Linear or has none. Source: section E.4.
+    `select(path, module)` says which layers to adapt; `options` are LoRALayer's keywords. Without
+    `select`, a warning names weight matrices of other layers, which get no LoRA. Raises ValueError,
+    before any change, if `model` is itself a Linear or has none, and for a rank above every dimension.
+    Source: section E.4.
     """
     if isinstance(model, nn.Linear):
         raise ValueError(
@@ -139,10 +163,44 @@ def replace_linear_with_lora(model, rank, alpha, *, select=is_linear, **options)
             "use a model that has some, or a wider select"
         )
     layers = dict.fromkeys(linear for _, _, linear in places)  # a shared layer once
+    check_layers(layers, rank)
     for linear in layers:
         layers[linear] = LinearWithLoRA(linear, rank, alpha, **options)
     for parent, name, linear in places:
         setattr(parent, name, layers[linear])
+    if select is is_linear:
+        warn_of_the_rest(model)
+
+
+def check_layers(layers, rank):
+    """Raise ValueError if a layer has no weight yet, or `rank` is above every dimension of `layers`."""
+    weights = [layer.weight for layer in layers]
+    if any(nn.parameter.is_lazy(weight) for weight in weights):
+        raise ValueError("a lazy Linear has no size yet: run the model once, then adapt it")
+    widest = max((size for weight in weights for size in weight.shape), default=rank)
+    if is_number(rank) and rank > widest:
+        raise ValueError(f"rank {rank} is above every size of these layers: use at most {widest}")
+
+
+def warn_of_the_rest(model, trained=()):
+    """Warn of weight matrices without LoRA: of Conv1D, convolutions, torch's attention and the like.
+
+    Embeddings, which are meant to have none, and the modules in `trained` do not count.
+    """
+    known = (LinearWithLoRA, nn.Linear, nn.Embedding, nn.EmbeddingBag)
+    found = [m for m in model.modules() if m in trained or isinstance(m, known)]
+    covered = {part for module in found for part in module.modules()}
+    rest = [
+        f"{path}.{name} ({type(module).__name__})".lstrip(".")
+        for path, module in model.named_modules() if module not in covered
+        for name, weight in module.named_parameters(recurse=False) if weight.dim() > 1
+    ]
+    if rest:
+        warnings.warn(
+            f"{len(rest)} weight(s) in layers other than nn.Linear get no LoRA: "
+            f"{', '.join(rest[:3])}{' …' * (len(rest) > 3)}; lora.layers.apply_lora "
+            "adapts Conv1D and can train other modules in full", stacklevel=3,
+        )
 
 
 def freeze(model):

@@ -4,13 +4,14 @@ Built on appendix E's `LoRALayer` and `LinearWithLoRA`; needs only torch. `topic
 explains these definitions. A layer's name is its path in the model: trf_blocks.0.att.W_query.
 """
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from appendix_e import LinearWithLoRA, count_parameters, freeze
+from appendix_e import LinearWithLoRA, check_layers, count_parameters, freeze, warn_of_the_rest
+from lora.precision import is_wide, keep_in_float32
 
 ROLES = {  # name endings here, in Llama, (Distil)BERT and Hugging Face's GPT-2
     "query": ("W_query", "q_proj", "query", "q_lin", "c_attn"),  # c_attn: all three
@@ -28,6 +29,29 @@ ROLES = {  # name endings here, in Llama, (Distil)BERT and Hugging Face's GPT-2
 
 
 # Which layers
+
+
+def plain_name(model, path):
+    """Return the name `path` in `model` without what torch.compile and DataParallel add to names."""
+    path = f"{path}.".replace("_orig_mod.", "")
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(getattr(model, "_orig_mod", model), parallel):
+        path = path.removeprefix("module.")
+    return path[:-1]
+
+
+def named_parts(model):
+    """Return {plain name: module} of all modules of `model`."""
+    return {plain_name(model, path): part for path, part in model.named_modules()}
+
+
+def as_tuple(targets):
+    """Return one target or several as a tuple. Raises ValueError if one is not a string."""
+    several = isinstance(targets, Iterable) and not isinstance(targets, str)
+    targets = tuple(targets) if several else (targets,)
+    if not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"targets are strings, such as 'query', not {targets!r}")
+    return targets
 
 
 def ends_with(name, pattern):
@@ -49,8 +73,8 @@ def matches(name, target):
 
 def is_conv1d(module):
     """Return whether `module` is Hugging Face's Conv1D, a linear layer whose weight is (in, out = nf)."""
-    width = getattr(module, "nf", None)
-    return width is not None and module.weight.shape[1:] == (width,)
+    width, weight = getattr(module, "nf", None), module._parameters.get("weight")
+    return isinstance(width, int) and weight is not None and weight.shape[1:] == (width,)
 
 
 def find_layers(model, targets="all"):
@@ -59,10 +83,10 @@ def find_layers(model, targets="all"):
     `targets`: one target or several, as in `matches`. Raises ValueError for one that selects no layer.
     """
     linear = {
-        name: module for name, module in model.named_modules()
+        name: module for name, module in named_parts(model).items()
         if name and (isinstance(module, nn.Linear) or is_conv1d(module))
     }
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    targets = as_tuple(targets)
     for target in targets:
         if not any(matches(name, target) for name in linear):
             raise ValueError(
@@ -81,11 +105,10 @@ def find_modules(model, targets):
 
     Raises ValueError for a target that selects no module, and for "all".
     """
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
     chosen = {}
-    for target in targets:
+    for target in as_tuple(targets):
         found = {
-            name: module for name, module in model.named_modules()
+            name: module for name, module in named_parts(model).items()
             if name and matches(name, target) and [*module.parameters()]
         }
         if not found or target == "all":
@@ -117,9 +140,14 @@ def with_lora(layer, rank, alpha, **options):
 
 
 def adapted_layers(model):
-    """Return {name: LinearWithLoRA} of the layers that have LoRA, in the model's order."""
+    """Return {name: LinearWithLoRA} of the layers that have LoRA, in the model's order.
+
+    Raises ValueError if `model` is itself such a layer.
+    """
+    if isinstance(model, LinearWithLoRA):
+        raise ValueError("one layer is no model: use nn.Sequential(layer)")
     return {
-        name: module for name, module in model.named_modules()
+        name: module for name, module in named_parts(model).items()
         if isinstance(module, LinearWithLoRA)
     }
 
@@ -128,6 +156,7 @@ def swap(model, new):
     """Replace each module that is a key of `new` by its value, wherever it occurs in `model`."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
+            child = getattr(child, "_orig_mod", child)  # a compiled layer's own
             if child in new:
                 setattr(parent, name, new[child])
 
@@ -147,71 +176,50 @@ def apply_lora(
     - `train_in_full`: roles or patterns of modules to train themselves, usually "head"; they get no LoRA.
       PEFT calls them modules_to_save.
 
-    Raises ValueError, with `model` unchanged, for a target that selects nothing, an option out of range, or
-    a model that already has LoRA. Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+    What trains is in float32 at least, whatever `model` is in; the rest stays as it is. With the targets
+    "all", a warning names weight matrices of other kinds of layers. Raises ValueError, with `model`
+    unchanged, for a target that selects nothing, an option out of range, what `check_full` refuses, or a
+    model that already has LoRA. Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
     """
     require_plain(model)
     full = find_modules(model, train_in_full)
-    inside = {part for module in full.values() for part in module.modules()}
+    inside = check_full(model, full)
     layers = [*find_layers(model, targets).values()]
     layers = [layer for layer in layers if layer not in inside]
     if not layers:
-        raise ValueError("nothing is left for LoRA: add targets not in train_in_full")
+        raise ValueError("nothing is left for LoRA: name targets that are not in train_in_full")
+    check_layers(layers, rank)
     options = {"scaling": scaling, "dropout": dropout, "init": init}
     new = {old: with_lora(old, rank, alpha, **options) for old in layers}
-    for module in full.values():
-        keep_in_float32(module)
     freeze(model)
     swap(model, new)
     for module in full.values():
-        module.requires_grad_(True)
+        keep_in_float32(module).requires_grad_(True)
+    if "all" in as_tuple(targets):
+        warn_of_the_rest(model, inside)
     return model
 
 
-def keep_in_float32(module):
-    """Store a low-precision `module` in float32, in place, so that it can be trained, and return it.
+def check_full(model, full):
+    """Return the set of all modules inside those of `full`, {name: module to train in full}.
 
-    Its floating-point inputs are cast to the dtype of its weights, its results back to that of its
-    inputs, so the modules around it may stay in half precision. A module in float32 or float64 is left
-    as it is. Raises ValueError for a low-precision module with an embedding, whose inputs are integers.
+    Raises ValueError if a weight of theirs is also another module's, and for a layer in half precision
+    that `keep_in_float32` cannot help: an embedding, which takes integers, and out_proj of torch's
+    attention, whose weight is read.
     """
-    if all(is_wide(p) for p in module.parameters()):
-        return module
-    if any(isinstance(part, nn.Embedding) for part in module.modules()):
-        raise ValueError(
-            "an embedding in half precision cannot be trained: call model.float() first"
-        )
-    module.float()
-    if cast_inputs not in module._forward_pre_hooks.values():  # moved to half since
-        module.register_forward_pre_hook(cast_inputs, with_kwargs=True)
-        module.register_forward_hook(cast_result)
-    return module
-
-
-def is_wide(parameter):
-    """Return whether `parameter` has float32's precision at least, or is not floating-point."""
-    return not parameter.is_floating_point() or parameter.dtype.itemsize >= 4
-
-
-def is_floating(value):
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def cast_floating(values, dtype):
-    """Return `values`, nested in any way, with their floating-point tensors in `dtype`."""
-    return tree_map(lambda v: v.to(dtype) if is_floating(v) else v, values)
-
-
-def cast_inputs(module, args, kwargs):
-    """Forward pre-hook: cast the inputs to the dtype of the module's weights, and remember theirs."""
-    floating = filter(is_floating, tree_leaves((args, kwargs)))
-    module._dtype_outside = next((x.dtype for x in floating), None)
-    return cast_floating((args, kwargs), next(module.parameters()).dtype)
-
-
-def cast_result(module, args, result):
-    """Forward hook: cast the result to the dtype that the inputs of `module` had."""
-    return cast_floating(result, module._dtype_outside)
+    unfit = (nn.Embedding, nn.EmbeddingBag, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    inside = {part for module in full.values() for part in module.modules()}
+    trained = {p: f"{name}.{n}" for name, m in full.items() for n, p in m.named_parameters()}
+    for path, module in named_parts(model).items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in trained and module not in inside:
+                raise ValueError(
+                    f"{trained[parameter]} is also {path}.{name}: give it LoRA instead, "
+                    "or untie it first (assign a copy, nn.Parameter(weight.clone()))"
+                )
+            if isinstance(module, unfit) and module in inside and not is_wide(parameter):
+                raise ValueError(f"{path} in half precision cannot be trained: call model.float() first")
+    return inside
 
 
 def require_plain(model):
@@ -250,21 +258,35 @@ def print_parameters(model):
 
 def is_merged(model):
     """Return whether `merge_lora` has merged LoRA into `model`."""
-    return bool(getattr(model, "_merged_lora", None))
+    return bool(merged_layers(model))
+
+
+def merged_layers(model):
+    """Return [(layer with LoRA, its base weight, configs that tied it)] of what `merge_lora` has merged."""
+    parts = [vars(part) for part in model.modules()]
+    return [part["_merged_lora"] for part in parts if "_merged_lora" in part]
 
 
 def merged_weight(layer):
-    """Return W + update, in the shape and dtype of the base weight W, summed in at least float32."""
-    wide = torch.promote_types(layer.lora.A.dtype, torch.float32)
-    weight = layer.linear.weight.detach()
-    return (weight.to(wide) + layer.update(wide).detach()).to(weight.dtype)
+    """Return W + update, in the shape and dtype of the base weight W, summed in at least float32.
+
+    Raises ValueError if W is no floating-point parameter of the layer, but quantized or computed.
+    """
+    base = layer.linear._parameters.get("weight")
+    if base is None or not base.is_floating_point():
+        raise ValueError(
+            f"the weight of a {type(layer.linear).__name__} here is quantized or computed, as by weight "
+            "norm, so LoRA cannot be merged: load it unquantized, or remove the parametrization"
+        )
+    return layer.weight.detach()
 
 
 def merge_lora(model):
     """Add every LoRA layer to its base weight, in place, and return `model`.
 
     The model has the base model's modules and speed again. The original weights are kept for
-    `unmerge_lora`; a weight that another module shares (GPT-2's tied head) is merged into a copy.
+    `unmerge_lora`; a weight that another module shares (GPT-2's tied head) is merged into a copy, and the
+    model's `config` no longer has `tie_word_embeddings`, so that transformers saves both.
     Raises ValueError, with `model` unchanged, if there is no LoRA, it is merged already, or a merged
     weight is not finite.
     """
@@ -275,17 +297,35 @@ def merge_lora(model):
         raise ValueError("there is no LoRA to merge: apply or load one first")
     weights = {name: merged_weight(old) for name, old in layers.items()}
     check_finite(weights, "the training has diverged: lower its learning rate")
-    kept = [(layer, layer.linear.weight) for layer in layers.values()]
+    for layer in layers.values():
+        base = layer.linear
+        base._merged_lora = layer, base.weight, tied_configs(model, base.weight)
     for name, layer in layers.items():
         layer.linear.weight = nn.Parameter(weights[name], requires_grad=False)
     swap(model, {layer: layer.linear for layer in layers.values()})
-    model._merged_lora = kept  # plain attribute: not in the state_dict
+    set_tied(model, False)
     return model
+
+
+def tied_configs(model, weight):
+    """Return the configs by which transformers ties `weight` to an embedding of `model`."""
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    tied = any(weight is embedding for embedding in embeddings)
+    return [c for c in configs if tied and getattr(c, "tie_word_embeddings", False)]
+
+
+def set_tied(model, value):
+    for _, _, configs in merged_layers(model):
+        for config in configs:
+            config.tie_word_embeddings = value
 
 
 def check_finite(tensors, why):
     """Raise ValueError, with the reason `why`, if a tensor of {name: tensor} is not finite."""
     for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device: load its values first")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has infinite or missing values: {why}")
 
@@ -293,18 +333,21 @@ def check_finite(tensors, why):
 def unmerge_lora(model):
     """Undo `merge_lora`, in place, and return `model`: the original base weights, bit for bit, and LoRA.
 
-    Raises ValueError if nothing is merged.
+    If the model was moved to another device or dtype in between, the original weights are moved as well;
+    A and B stay in float32 at least. Raises ValueError if nothing is merged.
     """
     if not is_merged(model):
         raise ValueError("no LoRA is merged: nothing to undo; merge_lora merges it")
-    kept = model._merged_lora
-    del model._merged_lora
-    for layer, weight in kept:
-        merged = layer.linear.weight
-        if weight.device != merged.device:  # the model has moved since
-            weight.data = weight.data.to(merged.device)
-            layer.lora.to(merged.device)
-        layer.linear.weight = weight
-        layer.train(layer.linear.training)
-    swap(model, {layer.linear: layer for layer, _ in kept})
+    set_tied(model, True)
+    merged = merged_layers(model)
+    for layer, weight, _ in merged:
+        base = layer.linear
+        if (weight.device, weight.dtype) != (base.weight.device, base.weight.dtype):  # moved since
+            weight.data = weight.data.to(base.weight)
+            wide = torch.promote_types(layer.lora.A.dtype, weight.dtype)
+            layer.lora.to(weight.device, wide)
+        base.weight = weight
+        layer.train(base.training)
+        del base._merged_lora
+    swap(model, {layer.linear: layer for layer, _, _ in merged})
     return model

@@ -15,10 +15,8 @@ import lora_in_practice
 from appendix_e import LinearWithLoRA, LoRALayer, count_parameters, replace_linear_with_lora
 from lora.layers import (
     ROLES,
-    Conv1DWithLoRA,
     adapted_layers,
     apply_lora,
-    find_layers,
     matches,
     merge_lora,
     print_parameters,
@@ -26,7 +24,7 @@ from lora.layers import (
     unmerge_lora,
     with_lora,
 )
-from models import IDS, TARGETS, foreign, same_state, small_gpt, state, train_a_little
+from models import IDS, TARGETS, same_state, small_gpt, state, train_a_little
 
 PUBLIC = ("apply_lora", "merge_lora", "unmerge_lora", "save_adapter", "load_adapter", "export_peft",
           "import_peft", "count_parameters")
@@ -132,12 +130,22 @@ def test_the_papers_initialisation_is_narrower_by_the_root_of_width_over_rank():
 @pytest.mark.parametrize("call, message", [
     ({"targets": "querry"}, "querry"),
     ({"targets": ("query", "nothing.*")}, "nothing"),
-    ({"rank": 0}, "rank"),
+    ({"targets": ()}, "nothing is left"),
+    ({"targets": None}, "targets are strings"),
+    ({"targets": ("query", 3)}, "targets are strings"),
+    ({"targets": b"query"}, "targets are strings"),
+    ({"targets": "ALL"}, "give all, query"),
+    ({"rank": 0}, "rank must be at least 1"),
+    ({"rank": 10**9}, "use at most 96"),
+    ({"rank": 25, "targets": "query"}, "use at most 24"),
     ({"scaling": "rank"}, "scaling"),
     ({"dropout": 1.0}, "dropout"),
     ({"init": "zeros"}, "init"),
     ({"train_in_full": "tail"}, "tail"),
+    ({"train_in_full": None}, "targets are strings"),
+    ({"train_in_full": "all"}, "no part of GPTModel"),
     ({"targets": "head", "train_in_full": "head"}, "nothing is left"),
+    ({"train_in_full": "*"}, "nothing is left"),
 ])
 def test_a_bad_request_is_refused_and_the_model_unchanged(call, message):
     model = small_gpt()
@@ -151,6 +159,23 @@ def test_a_model_without_linear_layers_is_refused():
     for model in (nn.Sequential(nn.ReLU()), nn.Linear(3, 3)):
         with pytest.raises(ValueError, match="no linear layer"):
             apply_lora(model, 2, 2)
+
+
+@pytest.mark.parametrize("act", [merge_lora, remove_lora, adapted_layers, lambda x: apply_lora(x, 2, 2)])
+def test_a_layer_with_lora_is_no_model(act):
+    layer = train_a_little(with_lora(nn.Linear(3, 3), 2, 2))
+    before = state(layer)
+    with pytest.raises(ValueError, match="Sequential"):
+        act(layer)
+    assert same_state(layer, before)
+
+
+def test_a_lazy_layer_is_adapted_once_its_size_is_known():
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match="run the model once"):
+        apply_lora(model, 2, 2)
+    model(torch.randn(2, 5))
+    assert apply_lora(model, 2, 2)[0].lora.A.shape == (5, 2)
 
 
 def test_adapting_twice_is_an_error():
@@ -183,7 +208,7 @@ def test_the_update_is_what_lora_adds_to_the_weight_in_its_orientation(base):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    targets=st.sampled_from(TARGETS), rank=st.integers(1, 30), alpha=st.floats(0.1, 4),
+    targets=st.sampled_from(TARGETS), rank=st.integers(1, 24), alpha=st.floats(0.1, 4),
     scaling=st.sampled_from(["alpha", "alpha/rank", "alpha/sqrt(rank)"]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )
@@ -208,7 +233,7 @@ def test_unmerge_undoes_merge_exactly(targets, rank, alpha, scaling, dtype):
 def test_merged_layers_of_any_shape_give_the_same_output(widths, rank, bias, dtype):
     layers = [nn.Linear(i, o, bias=bias) for i, o in pairwise(widths)]
     model = nn.Sequential(*layers).to(dtype)
-    train_a_little(apply_lora(model, rank, 2.0))
+    train_a_little(apply_lora(model, min(rank, max(widths)), 2.0))
     x = torch.randn(5, widths[0], dtype=dtype)
     adapted = model(x)
     torch.testing.assert_close(merge_lora(model)(x), adapted, atol=1e-5, rtol=1e-4)
@@ -239,6 +264,28 @@ def test_a_diverged_layer_is_not_merged(value):
     assert str(model) == str(before)
     assert torch.equal(model.trf_blocks[0].att.W_query.linear.weight,
                        before.trf_blocks[0].att.W_query.linear.weight)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
+def test_lora_is_not_merged_into_a_weight_that_is_computed(norm):
+    model = nn.Sequential(norm(nn.Linear(4, 4))).eval()
+    train_a_little(apply_lora(model, 2, 2))
+    x = torch.randn(2, 4)
+    before = model(x)
+    with pytest.raises(ValueError, match="remove the parametrization"):
+        merge_lora(model)
+    assert torch.equal(model(x), before)
+
+
+def test_a_quantized_weight_and_one_without_values_are_not_merged():
+    packed = nn.Linear(4, 4)
+    packed.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="load it unquantized"):
+        merge_lora(apply_lora(nn.Sequential(packed), 2, 2))
+    with torch.device("meta"):
+        model = apply_lora(nn.Sequential(nn.Linear(4, 4)), 2, 2)
+    with pytest.raises(ValueError, match="meta device: load its values"):
+        merge_lora(model)
 
 
 def test_without_lora_there_is_nothing_to_merge_or_unmerge():
@@ -277,42 +324,3 @@ def test_a_copy_of_a_merged_model_unmerges_on_its_own():
     before = state(model)
     twin = copy.deepcopy(merge_lora(model))
     assert same_state(unmerge_lora(twin), before) and not adapted_layers(model)
-
-
-# Models of other libraries
-
-
-@pytest.mark.parametrize("kind, counts", [  # query, key, value, projection, mlp, head: layers adapted
-    ("gpt2", (2, 2, 2, 2, 4, 1)),
-    ("llama", (2, 2, 2, 2, 6, 1)),
-    ("bert", (2, 2, 2, 2, 4, 1)),
-])
-def test_roles_find_the_layers_of_other_architectures(kind, counts):
-    model = foreign(kind)
-    assert tuple(len(find_layers(model, role)) for role in ROLES) == counts
-    projections, mlps = (set(find_layers(model, role)) for role in ("projection", "mlp"))
-    assert not projections & mlps
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
-@pytest.mark.parametrize("targets", ["all", ("query", "mlp")])
-def test_foreign_models_are_adapted_merged_and_restored(kind, targets):
-    model = foreign(kind)
-    tree, plain = str(model), model(input_ids=IDS).logits
-    apply_lora(model, 3, 2, targets, train_in_full="head")
-    assert torch.equal(model(input_ids=IDS).logits, plain)
-    train_a_little(model)
-    before, adapted = state(model), model(input_ids=IDS).logits
-    assert not torch.allclose(adapted, plain, atol=1e-3)
-    merge_lora(model)
-    assert str(model) == tree
-    torch.testing.assert_close(model(input_ids=IDS).logits, adapted, atol=1e-5, rtol=1e-5)
-    assert same_state(unmerge_lora(model), before)
-
-
-def test_conv1d_is_recognised_by_its_shape_and_trains():
-    model = apply_lora(foreign("gpt2"), 3, 2, "query")
-    layer = model.transformer.h[0].attn.c_attn
-    assert type(layer) is Conv1DWithLoRA and layer.lora.A.shape == (16, 3) and layer.lora.B.shape == (3, 48)
-    model(input_ids=IDS).logits.sum().backward()
-    assert layer.lora.B.grad.abs().sum() > 0 and layer.linear.weight.grad is None

@@ -60,6 +60,18 @@ def foreign(kind, seed=0):
     return hf.BertForSequenceClassification(hf.BertConfig(**sizes)).eval()
 
 
+def language_model(kind):
+    """Return a tiny language model of transformers whose head is tied to its embedding: gpt2 or llama."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+        return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=60, n_positions=16, **sizes)).eval()
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=60, tie_word_embeddings=True, **sizes)).eval()
+
+
 def trained(seed=1, rank=3, alpha=2.0, targets="all", **options):
     """Return a `small_gpt` with LoRA, trained a little; `options` are apply_lora's."""
     return train_a_little(apply_lora(small_gpt(), rank, alpha, targets, **options), seed)

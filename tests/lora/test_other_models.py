@@ -1,0 +1,258 @@
+"""LoRA in models of other libraries: torch's attention, compiled and parallel models, Hugging Face's."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from appendix_e import LinearWithLoRA, count_parameters, freeze, replace_linear_with_lora
+from lora.layers import (
+    ROLES,
+    Conv1DWithLoRA,
+    adapted_layers,
+    apply_lora,
+    find_layers,
+    is_merged,
+    merge_lora,
+    plain_name,
+    remove_lora,
+    unmerge_lora,
+)
+from models import IDS, foreign, language_model, same_state, small_gpt, state, train_a_little
+
+# Hugging Face's models
+
+
+@pytest.mark.parametrize("kind, counts", [  # query, key, value, projection, mlp, head: layers adapted
+    ("gpt2", (2, 2, 2, 2, 4, 1)),
+    ("llama", (2, 2, 2, 2, 6, 1)),
+    ("bert", (2, 2, 2, 2, 4, 1)),
+])
+def test_roles_find_the_layers_of_other_architectures(kind, counts):
+    model = foreign(kind)
+    assert tuple(len(find_layers(model, role)) for role in ROLES) == counts
+    projections, mlps = (set(find_layers(model, role)) for role in ("projection", "mlp"))
+    assert not projections & mlps
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("targets", ["all", ("query", "mlp")])
+def test_foreign_models_are_adapted_merged_and_restored(kind, targets):
+    model = foreign(kind)
+    tree, plain = str(model), model(input_ids=IDS).logits
+    apply_lora(model, 3, 2, targets, train_in_full="head")
+    assert torch.equal(model(input_ids=IDS).logits, plain)
+    train_a_little(model)
+    before, adapted = state(model), model(input_ids=IDS).logits
+    assert not torch.allclose(adapted, plain, atol=1e-3)
+    merge_lora(model)
+    assert str(model) == tree
+    torch.testing.assert_close(model(input_ids=IDS).logits, adapted, atol=1e-5, rtol=1e-5)
+    assert same_state(unmerge_lora(model), before)
+
+
+def test_conv1d_is_recognised_by_its_shape_and_trains():
+    model = apply_lora(foreign("gpt2"), 3, 2, "query")
+    layer = model.transformer.h[0].attn.c_attn
+    assert type(layer) is Conv1DWithLoRA and layer.lora.A.shape == (16, 3) and layer.lora.B.shape == (3, 48)
+    model(input_ids=IDS).logits.sum().backward()
+    assert layer.lora.B.grad.abs().sum() > 0 and layer.linear.weight.grad is None
+
+
+# What is left out
+
+
+def test_replacing_the_linear_layers_of_gpt2_warns_that_its_conv1d_get_no_lora():
+    model = foreign("gpt2")
+    freeze(model)
+    with pytest.warns(UserWarning, match=r"8 weight\(s\).*h\.0\.attn\.c_attn\.weight \(Conv1D\).*apply_lora"):
+        replace_linear_with_lora(model, 16, 16)
+    assert [*adapted_layers(model)] == ["score"] and count_parameters(model)[0] == 16 * 16 + 16 * 2
+
+
+@pytest.mark.parametrize("adapt", [replace_linear_with_lora, apply_lora])
+@pytest.mark.parametrize("module, weight", [
+    (nn.MultiheadAttention(8, 2), "0.in_proj_weight (MultiheadAttention)"),
+    (nn.LSTM(4, 4), "0.weight_ih_l0 (LSTM)"),
+    (nn.Conv2d(3, 4, 3), "0.weight (Conv2d)"),
+])
+def test_weights_of_other_layers_are_named_in_one_warning(adapt, module, weight):
+    model = nn.Sequential(copy.deepcopy(module), nn.Linear(4, 4))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapt(model, 2, 2)
+    assert len(caught) == 1 and weight in str(caught[0].message) and caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("act", [
+    lambda: replace_linear_with_lora(small_gpt(), 2, 2),
+    lambda: apply_lora(small_gpt(), 2, 2),
+    lambda: apply_lora(foreign("gpt2"), 2, 2, train_in_full="head"),
+    lambda: apply_lora(foreign("bert"), 2, 2),
+    lambda: apply_lora(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4)), 2, 2, train_in_full="0"),
+    lambda: apply_lora(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4)), 2, 2, "1"),
+    lambda: replace_linear_with_lora(foreign("gpt2"), 2, 2, select=lambda path, module: path == "score"),
+], ids=["gpt", "gpt, all", "gpt2", "bert", "trained in full", "chosen", "selected"])
+def test_what_is_adapted_or_trained_or_was_not_asked_for_gives_no_warning(act):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        act()
+
+
+# Weights that are read
+
+
+@pytest.mark.filterwarnings("ignore:1 weight")
+@pytest.mark.parametrize("adapt", [replace_linear_with_lora, apply_lora])
+def test_dropout_is_refused_where_torchs_attention_reads_the_weight(adapt):
+    model = nn.TransformerEncoderLayer(16, 2, 32)
+    with pytest.raises(ValueError, match="leave out_proj out"):
+        adapt(model, 2, 2, dropout=0.1)
+    assert not adapted_layers(model)
+    assert len(adapted_layers(apply_lora(model, 2, 2, ("linear1", "linear2"), dropout=0.1))) == 2
+
+
+@pytest.mark.filterwarnings("ignore:1 weight")
+@pytest.mark.parametrize("adapt", [replace_linear_with_lora, apply_lora])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_torchs_transformer_layer_answers_alike_called_read_and_merged(adapt, dtype, tolerance):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval().to(dtype)
+    x = torch.randn(2, 5, 16, dtype=dtype)
+    plain = layer(x)
+    freeze(layer)
+    adapt(layer, 2, 8)
+    called = train_a_little(layer)(x)
+    with torch.no_grad():  # torch's fast path reads the weights
+        read, merged = layer(x), merge_lora(layer)(x)
+    assert (called - plain).abs().max() > 2 * tolerance
+    for other in (read, merged):
+        torch.testing.assert_close(other, called, atol=tolerance, rtol=tolerance)
+
+
+# Wrappers
+
+
+WRAPPED = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "parallel": nn.DataParallel,
+    "both": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    "a compiled block": lambda model: compile_part(model, "trf_blocks", "0"),
+    "a compiled layer": lambda model: compile_part(model, "trf_blocks.1.att", "W_query"),
+}
+
+
+def compile_part(model, parent, name):
+    parent = model.get_submodule(parent)
+    setattr(parent, name, torch.compile(getattr(parent, name), backend="eager"))
+    return model
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_wrapped_models_are_adapted_and_merged_under_the_names_of_the_plain_one(wrap):
+    inner = small_gpt()
+    model, plain = wrap(inner), small_gpt()
+    unchanged = model(IDS)  # compiled before LoRA
+    for each in (model, plain):
+        apply_lora(each, 2, 8, ("query", "head"), train_in_full="final_norm")
+    assert [*adapted_layers(model)] == [*adapted_layers(plain)]
+    values = dict(train_a_little(plain).named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(values[plain_name(model, name)])
+    expected = plain(IDS)
+    assert not torch.allclose(expected, unchanged, atol=1e-2)
+    torch.testing.assert_close(model(IDS), expected)
+    torch.testing.assert_close(merge_lora(model)(IDS), expected, atol=1e-5, rtol=1e-5)
+    assert is_merged(model) and is_merged(inner)
+    torch.testing.assert_close(unmerge_lora(inner)(IDS), expected)
+    assert not adapted_layers(remove_lora(model))
+
+
+def test_a_module_that_is_called_module_keeps_its_name():
+    model = nn.ModuleDict({"module": nn.Linear(3, 3)})
+    assert [*find_layers(model)] == ["module"] == [*find_layers(nn.DataParallel(model))]
+
+
+# Tied heads
+
+KINDS = ("gpt2", "llama")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def embedding(model):
+    return model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_a_tied_head_in_full_is_refused_until_it_is_untied(kind):
+    model = language_model(kind)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is also .*(wte|embed_tokens)\.weight.*untie"):
+        apply_lora(model, 2, 2, "mlp", train_in_full="head")
+    assert not adapted_layers(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
+    apply_lora(model, 2, 2, "mlp", train_in_full="head")
+    assert model.lm_head.weight.requires_grad and not embedding(model).requires_grad
+
+
+def test_a_tied_weight_is_trained_in_full_if_both_its_modules_are_named():
+    model = apply_lora(language_model("gpt2"), 2, 2, "mlp", train_in_full=("head", "wte"))
+    assert embedding(model).requires_grad and model.lm_head.weight is embedding(model)
+
+
+def test_training_the_embedding_under_an_adapted_tied_head_is_refused():
+    with pytest.raises(ValueError, match=r"wte\.weight is also lm_head\.weight"):
+        apply_lora(language_model("gpt2"), 2, 2, "head", train_in_full="wte")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_ties_and_resizes_a_model_whose_tied_head_has_lora(kind):
+    model = train_a_little(apply_lora(language_model(kind), 2, 2))
+    before = logits(model)
+    model.tie_weights()
+    assert torch.equal(logits(model), before) and model.lm_head.linear.weight is embedding(model)
+    assert (model.lm_head.in_features, model.lm_head.out_features) == (16, 60)
+    model.resize_token_embeddings(60)
+    assert torch.equal(logits(model), before)
+    with pytest.raises(ValueError, match="resize the model first"):
+        model.resize_token_embeddings(64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_tied_head_is_saved_by_transformers_untied(kind, tmp_path):
+    model = train_a_little(apply_lora(language_model(kind), 2, 2))
+    before, shared = logits(model), embedding(model)
+    merge_lora(model)
+    assert not model.config.tie_word_embeddings
+    model.tie_weights()
+    merged = logits(model)
+    torch.testing.assert_close(merged, before, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path).eval()), merged)
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        assert unmerge_lora(each).config.tie_word_embeddings
+        assert torch.equal(logits(each), before)
+    assert embedding(model) is shared is model.lm_head.linear.weight
+
+
+@pytest.mark.parametrize("targets", ["mlp", "query"])
+def test_merging_without_the_tied_head_leaves_it_tied(targets, tmp_path):
+    model = merge_lora(train_a_little(apply_lora(language_model("gpt2"), 2, 2, targets)))
+    assert model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(hf.GPT2LMHeadModel.from_pretrained(tmp_path).eval()), logits(model))
+
+
+def test_a_parameter_assigned_to_an_adapted_layers_weight_becomes_its_base_weight():
+    layer = train_a_little(LinearWithLoRA(nn.Linear(4, 3), 2, 2))
+    weight, bias = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3))
+    layer.weight, layer.bias = weight, bias
+    assert layer.linear.weight is weight and layer.bias is bias
+    torch.testing.assert_close(layer.weight, 1 + layer.update())
