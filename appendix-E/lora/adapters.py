@@ -1,35 +1,33 @@
 """Adapters in memory and on disk: take, set, save, load and combine them.
 
 An `Adapter` contains what was trained and nothing else: A and B of every adapted layer and the parameters
-trained in full. `save_adapter` writes these tensors to `lora.safetensors`, and their settings, a
-fingerprint of the base model and a checksum to `lora.json`.
+trained in full. `save_adapter` writes these tensors to one file, `lora.safetensors`, with their settings,
+fingerprints of the base model and a checksum in the file's metadata; `read_adapter` shows what is in it.
 """
 
 import hashlib
-import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import nn
 
 from appendix_e import SCALINGS, freeze
+from lora.files import WEIGHTS_FILE, read_files, write_adapter
 from lora.layers import (
     adapted_layers,
     check_finite,
+    check_full,
     find_layers,
+    named_parts,
+    plain_name,
     remove_lora,
     require_unmerged,
     swap,
     with_lora,
 )
+from lora.precision import is_wide, keep_in_float32
 
-ADAPTER_FORMAT = "lora-in-practice/1"
-WEIGHTS_FILE, SETTINGS_FILE = "lora.safetensors", "lora.json"
-SETTINGS = {"format", "sha256", "base_model", "notes", "layers"}
 LAYER_SETTINGS = ("rank", "alpha", "scaling", "dropout")
 
 
@@ -39,7 +37,7 @@ class Adapter:
 
     layers: dict  # {layer's name: {rank, alpha, scaling, dropout}}
     tensors: dict  # name.lora.A (in, rank), name.lora.B (rank, out), fully trained ones
-    base: str | None = None  # fingerprint of the base model, if known
+    base: tuple = ()  # fingerprints of the base model, as it is and in float16
     notes: dict = field(default_factory=dict)  # anything for JSON
 
 
@@ -53,20 +51,22 @@ def base_parameters(model):
         for part, _ in layer.linear.named_parameters():
             names[f"{name}.linear.{part}"] = f"{name}.{part}"
         names |= dict.fromkeys((f"{name}.lora.A", f"{name}.lora.B"))  # None: omitted
-    named = {names.get(name, name): p for name, p in model.named_parameters()}
+    named = {plain_name(model, name): p for name, p in model.named_parameters()}
+    named = {names.get(name, name): p for name, p in named.items()}
     return {name: parameter for name, parameter in named.items() if name}
 
 
-def fingerprint(model, without=(), stored_as=torch.float32):
+def fingerprint(model, without=(), stored_as=torch.float32, instead=()):
     """Return the SHA-256, in hexadecimal, of the base parameters' names, shapes and values.
 
     - `without`: names of parameters to leave out, those trained in full
     - `stored_as`: the dtype that the base is, or will be, stored in
+    - `instead`: {name: tensor} of parameters that have other values at the moment
 
     Values are rounded to bfloat16 first, so a copy of the base in bfloat16 has the same fingerprint.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(base_parameters(model).items()):
+    for name, parameter in sorted({**base_parameters(model), **dict(instead)}.items()):
         if name not in without:
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             rounded = parameter.detach().cpu().to(stored_as).bfloat16()
@@ -75,14 +75,10 @@ def fingerprint(model, without=(), stored_as=torch.float32):
     return digest.hexdigest()
 
 
-def is_base(model, adapter, without):
-    """Return whether `adapter` was trained on `model`'s base parameters, in full or half precision.
-
-    The parameters named in `without` are not compared; an adapter without a fingerprint fits any base.
-    """
+def fingerprints(model, without=(), instead=()):
+    """Return the fingerprints of `model`'s base as it is and as it will be once stored in float16."""
     dtypes = (torch.float32, torch.float16)
-    prints = (fingerprint(model, without, dtype) for dtype in dtypes)
-    return adapter.base is None or adapter.base in prints
+    return tuple(fingerprint(model, without, dtype, instead) for dtype in dtypes)
 
 
 def copy_to_cpu(parameter):
@@ -111,7 +107,7 @@ def take_adapter(model, notes=None):
             parts[f"{name}.lora.{part}"] = getattr(layer.lora, part)
     tensors = {name: copy_to_cpu(p) for name, p in parts.items()}
     check_finite(tensors, "the training has diverged: lower its learning rate")
-    return Adapter(settings, tensors, fingerprint(model, without=full), notes or {})
+    return Adapter(settings, tensors, fingerprints(model, without=full), notes or {})
 
 
 # From an adapter to a model
@@ -120,7 +116,8 @@ def take_adapter(model, notes=None):
 def set_adapter(model, adapter):
     """Put `adapter` into `model` in place of any other adapter, and return `model`.
 
-    Its A and B and its parameters trained in full are trainable; all others are frozen.
+    Its A and B and its parameters trained in full are trainable, in float32; all others are frozen.
+    Parameters that the adapter before had trained in full get the base model's values back.
     Raises ValueError, with `model` unchanged, for a layer or parameter that `model` lacks, another shape
     or another base model.
     """
@@ -130,18 +127,52 @@ def set_adapter(model, adapter):
     new = fitted_layers(model, adapter)
     for name, tensor in full.items():
         check_shape(name, tensor, base.get(name))
-    if not is_base(model, adapter, full):
-        raise ValueError(
-            "this adapter was trained on another base model: load that model, "
-            "with the same head, first"
-        )
+    modules = modules_with(model, full)
+    kept = kept_values(model, adapter, full)
     remove_lora(model)
     freeze(model)
     swap(model, new)
+    for name, value in kept.items():
+        base[name].data.copy_(value)
+    for module in modules:
+        keep_in_float32(module)
+    named_parts(model)[""]._base_values = {n: copy_to_cpu(base[n]) for n in full}
     for name, tensor in full.items():
         base[name].data.copy_(tensor)
         base[name].requires_grad_(True)
     return model
+
+
+def kept_values(model, adapter, full):
+    """Return {name: tensor} of base values that another adapter's parameters trained in full have replaced.
+
+    `set_adapter` keeps them. Raises ValueError unless `adapter`, which trains the parameters `full`, was
+    trained on the base that `model` has with or without them, or has no fingerprint.
+    """
+    adapted = adapted_layers(model)
+    kept = getattr(named_parts(model)[""], "_base_values", {}) if adapted else {}
+    for values in (kept, {}):
+        if not adapter.base or {*adapter.base} & {*fingerprints(model, full, values)}:
+            return values
+    trained = [n for n, p in base_parameters(model).items() if p.requires_grad]
+    changed = [name for name in trained if adapted and name not in full]
+    since = f", or before {changed[0]} was trained here" if changed else ""
+    raise ValueError(
+        f"this adapter was trained on another base model{since}: load that model, "
+        "with the same head, first"
+    )
+
+
+def modules_with(model, names):
+    """Return the modules that have the parameters `names`.
+
+    Raises ValueError if one is in half precision and `check_full` refuses it.
+    """
+    parts = named_parts(model)
+    modules = {path: parts[path] for path in (name.rpartition(".")[0] for name in names)}
+    low = {n: m for n, m in modules.items() if not all(map(is_wide, m.parameters()))}
+    check_full(model, low)
+    return [*modules.values()]
 
 
 def full_tensors(adapter):
@@ -160,16 +191,21 @@ def fitted_layers(model, adapter):
     for name, settings in adapter.layers.items():
         if name not in linear:
             raise ValueError(f"no linear layer {name}: load the adapter's base model")
-        with torch.random.fork_rng(devices=[]):  # keep the random stream
+        with torch.device("meta"):  # no memory, no random numbers
             layer = with_lora(linear[name], **settings, device="meta")
         for part in "AB":
             key = f"{name}.lora.{part}"
             tensor = adapter.tensors.get(key)
             check_shape(key, tensor, getattr(layer.lora, part))
-            tensor = tensor.to(linear[name].weight.device, copy=True)
+            tensor = widen(tensor).to(linear[name].weight.device, copy=True)
             setattr(layer.lora, part, nn.Parameter(tensor))
         new[linear[name]] = layer
     return new
+
+
+def widen(tensor):
+    """Return `tensor` in float32, in which LoRA is trained, or as it is in float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def base_layers(model):
@@ -198,86 +234,25 @@ def check_shape(name, tensor, like):
 
 
 def save_adapter(model, folder, notes=None):
-    """Write the model's adapter into `folder`, created if missing, and return its path.
+    """Write the model's adapter to `lora.safetensors` in `folder`, created if missing; return its path.
 
-    `notes`, a dictionary for JSON, is saved with it. Raises what `take_adapter` raises.
+    `notes`, a dictionary for JSON, is saved with it. Raises what `take_adapter` and `write_adapter` raise.
     """
     adapter = take_adapter(model, notes)
-    weights = save(adapter.tensors)
-    settings = {
-        "format": ADAPTER_FORMAT,
-        "sha256": hashlib.sha256(weights).hexdigest(),
-        "base_model": adapter.base,
-        "notes": adapter.notes,
-        "layers": adapter.layers,
-    }
-    text = json.dumps(settings, indent=1)
-    write_files(folder, {WEIGHTS_FILE: weights, SETTINGS_FILE: text.encode()})
+    settings = {"base_model": adapter.base, "notes": adapter.notes, "layers": adapter.layers}
+    write_adapter(Path(folder, WEIGHTS_FILE), settings, adapter.tensors)
     return Path(folder)
-
-
-def write_files(folder, contents):
-    """Write {name: bytes} into `folder`, each as name.partial first: no partial file gets the final name."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, data in contents.items():
-        partial = Path(folder, f"{name}.partial")
-        partial.write_bytes(data)
-        os.replace(partial, Path(folder, name))
 
 
 def read_adapter(folder):
     """Return the `Adapter` that `save_adapter` wrote into `folder`.
 
-    Raises FileNotFoundError if there is none, ValueError if it is damaged or has another format.
+    Raises FileNotFoundError if there is none, and OSError or ValueError, which name the file, if it cannot
+    be read, is damaged or has another format.
     """
-    remedy = "save_adapter writes it; use import_peft for PEFT's adapters"
-    settings = read_json(folder, SETTINGS_FILE, remedy)
-    check_settings(settings, Path(folder, SETTINGS_FILE))
-    weights = Path(folder, WEIGHTS_FILE)
-    data = weights.read_bytes() if weights.exists() else b""
-    if hashlib.sha256(data).hexdigest() != settings["sha256"]:
-        raise ValueError(
-            f"{weights} is missing, cut off or from another adapter than "
-            f"{SETTINGS_FILE}: copy the whole folder again"
-        )
-    base = settings["base_model"]
-    return Adapter(settings["layers"], read_tensors(weights), base, settings["notes"])
-
-
-def check_settings(settings, path):
-    """Raise ValueError, naming what is missing, unless `settings` are those of `save_adapter`."""
-    if settings.get("format") != ADAPTER_FORMAT:
-        raise ValueError(f"{path} is not of the format {ADAPTER_FORMAT}: save it again")
-    layers = settings.get("layers") or {}
-    missing = sorted(SETTINGS - settings.keys())
-    missing += [n for n, layer in layers.items() if layer.keys() != {*LAYER_SETTINGS}]
-    if missing or not layers:
-        found = missing[:3] or "any layer"
-        raise ValueError(f"{path}: no settings for {found}: save it again")
-
-
-def read_json(folder, name, remedy):
-    """Return the dictionary in a JSON file; `remedy` ends the FileNotFoundError's message."""
-    path = Path(folder, name)
-    if not path.exists():
-        raise FileNotFoundError(f"no {name} in {folder}: {remedy}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: copy it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} contains no settings: copy the folder again")
-    return content
-
-
-def read_tensors(path):
-    """Return {name: tensor} of a safetensors file. Raises ValueError if damaged or not finite."""
-    try:
-        tensors = dict(sorted(load(path.read_bytes()).items()))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: copy it again") from error
-    check_finite(tensors, f"{path} is from a training that diverged: train again")
-    return tensors
+    settings, tensors = read_files(folder)
+    base = tuple(settings["base_model"])
+    return Adapter(settings["layers"], tensors, base, settings["notes"])
 
 
 def load_adapter(model, folder):
@@ -313,8 +288,12 @@ def combine_adapters(first, second, weights=(1.0, 1.0), full_from=None):
 
     Raises ValueError for different base models, or if `full_from` is needed and missing.
     """
-    if first.base != second.base:
-        raise ValueError("these adapters have different base models: train both on one")
+    base = tuple(known for known in first.base if known in second.base)
+    if first.base != second.base and not base:
+        raise ValueError(
+            "these adapters have different base models, or different parts of it "
+            "trained in full: train both on one, the same parts"
+        )
     full = [full_tensors(first), full_tensors(second)]
     if any(full) and full_from not in (0, 1):
         raise ValueError(
@@ -328,7 +307,8 @@ def combine_adapters(first, second, weights=(1.0, 1.0), full_from=None):
         rank = A.shape[1]
         layers[name] = {"rank": rank, "alpha": 1.0, "scaling": "alpha", "dropout": 0.0}
         tensors |= {f"{name}.lora.A": A, f"{name}.lora.B": B}
-    return Adapter(layers, tensors, first.base)
+    check_finite(tensors, "give finite weights")
+    return Adapter(layers, tensors, base)
 
 
 def concatenate(name, adapters, weights):
@@ -340,6 +320,6 @@ def concatenate(name, adapters, weights):
             scaling = SCALINGS[settings["scaling"]]
             scale = scaling(settings["alpha"], settings["rank"])
             A, B = (adapter.tensors[f"{name}.lora.{part}"] for part in "AB")
-            parts_A.append(A)
-            parts_B.append(weight * scale * B)
+            parts_A.append(widen(A))
+            parts_B.append(weight * scale * widen(B))
     return torch.cat(parts_A, dim=1), torch.cat(parts_B, dim=0)

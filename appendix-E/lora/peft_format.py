@@ -17,13 +17,11 @@ from lora.adapters import (
     Adapter,
     copy_to_cpu,
     full_tensors,
-    read_json,
-    read_tensors,
     set_adapter,
     take_adapter,
-    write_files,
 )
-from lora.layers import Conv1DWithLoRA, adapted_layers
+from lora.files import check_low_rank, find_file, read_json, read_tensors, reading, write_whole, writing
+from lora.layers import Conv1DWithLoRA, adapted_layers, check_full, named_parts, plain_name
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_SETTINGS = "adapter_config.json"
@@ -40,6 +38,7 @@ PLAIN_VALUES = {  # PEFT's other initialisations change the base weights
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
 }
+PEFT_SCALINGS = {False: "alpha/rank", True: "alpha/sqrt(rank)"}  # by use_rslora
 PEFT_DEFAULTS = {
     "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None,
     "inference_mode": True, "bias": "none", "init_lora_weights": True,
@@ -54,9 +53,11 @@ def export_peft(model, folder):
     """Write the model's adapter into `folder` as PEFT does, and return the folder's path.
 
     `peft.PeftModel.from_pretrained(base_model, folder)` reads it; `base_model` must be the same, including
-    the head. Raises what `take_adapter` raises.
+    the head. Raises what `take_adapter` and `write_whole` raise, and ValueError, naming it, for what PEFT
+    would read otherwise than it is meant.
     """
     adapter = take_adapter(model)
+    check_readable(model, adapter)
     full = saved_in_full(model, adapter)
     tensors = {PREFIX + name: tensor for name, tensor in full.items()}
     for name in adapter.layers:
@@ -66,8 +67,17 @@ def export_peft(model, folder):
             tensors[key] = tensor.T.contiguous()
     weights = save(tensors, metadata={"format": "pt"})
     text = json.dumps(peft_settings(model, adapter), indent=2, sort_keys=True)
-    write_files(folder, {PEFT_WEIGHTS: weights, PEFT_SETTINGS: text.encode()})
+    write_pair(folder, weights, text)
     return Path(folder)
+
+
+def write_pair(folder, weights, settings):
+    """Write PEFT's two files; a stopped export has no settings, so readers refuse it."""
+    path = Path(folder, PEFT_SETTINGS)
+    with writing(path):
+        path.unlink(missing_ok=True)
+    write_whole(path.with_name(PEFT_WEIGHTS), weights)
+    write_whole(path, settings.encode())
 
 
 def peft_settings(model, adapter):
@@ -77,16 +87,16 @@ def peft_settings(model, adapter):
     alphas = {n: peft_alpha(s, rslora) for n, s in layers.items()}
     ranks = {n: s["rank"] for n, s in layers.items()}
     r, lora_alpha = most_common(ranks), most_common(alphas)
-    adapted = adapted_layers(model)
+    adapted, kind = adapted_layers(model), type(named_parts(model)[""])
     return PEFT_DEFAULTS | {
         "auto_mapping": {
-            "base_model_class": type(model).__name__,
-            "parent_library": type(model).__module__,
+            "base_model_class": kind.__name__,
+            "parent_library": kind.__module__,
         },
         "r": r,
         "lora_alpha": lora_alpha,
-        "rank_pattern": {n: v for n, v in ranks.items() if v != r},
-        "alpha_pattern": {n: v for n, v in alphas.items() if v != lora_alpha},
+        "rank_pattern": patterns(ranks, r),
+        "alpha_pattern": patterns(alphas, lora_alpha),
         "use_rslora": rslora,
         "lora_dropout": max(s["dropout"] for s in layers.values()),
         "target_modules": short_names(model, adapted),
@@ -108,14 +118,28 @@ def most_common(values):
     return Counter(values.values()).most_common(1)[0][0]
 
 
+def patterns(values, usual):
+    """Return {regular expression: value} of the layers of {name: value} that have another value than `usual`.
+
+    A name is an expression for itself, unless PEFT, which compares with the ends of names, finds others.
+    """
+    found = {}
+    for name, value in values.items():
+        alone = re.fullmatch(r"[\w.]+", name) and [
+            layer for layer in values if by_pattern({name: layer}, layer, None)
+        ] == [name]
+        if value != usual:
+            found[name if alone else f"^{re.escape(name)}"] = value
+    return found
+
+
 def short_names(model, layers):
     """Return the shortest name suffixes that select exactly `layers`, e.g. W_query for every …att.W_query.
 
     PEFT adapts each module whose whole name, or whose end after a dot, is one of these. Where no suffix
     separates the layers (of `a` and `b.a` only one), return a regular expression of full names instead.
     """
-    names = [name for name, _ in model.named_modules()]
-    names = [name for name in names if name.rpartition(".")[0] not in layers]
+    names = base_parts(model)
     chosen = set()
     for layer in layers:
         found = [end for end in name_suffixes(layer) if only_in(layers, names, end)]
@@ -139,16 +163,62 @@ def only_in(layers, names, end):
 
 def saved_in_full(model, adapter):
     """Return {name: tensor} of every module trained in full or in part: PEFT saves modules whole."""
-    saved = {}
+    parts, saved = base_parts(model), {}
     for module in modules_in_full(adapter):
-        for name, parameter in model.get_submodule(module).named_parameters():
-            saved[f"{module}.{name}"] = copy_to_cpu(parameter)
+        for name, tensor in parts[module].state_dict().items():  # PEFT wants buffers, too
+            saved[plain_name(model, f"{module}.{name}")] = copy_to_cpu(tensor)
     return saved
 
 
 def modules_in_full(adapter):
-    """Return the sorted names of the modules that have a parameter trained in full."""
-    return sorted({n.rpartition(".")[0] for n in full_tensors(adapter)})
+    """Return the sorted names of the outermost modules that have a parameter trained in full."""
+    names = {name.rpartition(".")[0] for name in full_tensors(adapter)}
+    return sorted(n for n in names if not any(n.startswith(f"{m}.") for m in names))
+
+
+def base_parts(model):
+    """Return {name: module} with every name of every module that `model` has without LoRA."""
+    layers = adapted_layers(model).values()
+    inside = {part for layer in layers for part in layer.modules() if part is not layer}
+    parts = model.named_modules(remove_duplicate=False)
+    return {plain_name(model, path): part for path, part in parts if part not in inside}
+
+
+# What PEFT would misread
+
+
+def check_readable(model, adapter):
+    """Raise ValueError, naming it, for what PEFT would read from these files otherwise than it is meant."""
+    check_shared(model, adapter)
+    parts, modules = base_parts(model), modules_in_full(adapter)
+    for name in modules:
+        longer = [n for n in parts if n.endswith(name) and n != name]  # as PEFT compares them
+        within = [n for n in adapter.layers if f"{n}.".startswith(f"{name}.")]
+        if not name:
+            reason = "a parameter of the model itself, in none of its modules, is trained"
+        elif longer:
+            reason = f"it would take {longer[0]} for {name}, which is trained in full, by its ending"
+        elif within:
+            reason = f"a parameter of {name} is trained beside LoRA in {within[0]}"
+        else:
+            continue
+        raise ValueError(f"PEFT cannot read this: {reason}; merge_lora and save the model instead")
+
+
+def check_shared(model, adapter):
+    """Raise ValueError for a layer or parameter of `adapter` that `model` uses in two places.
+
+    PEFT adapts or replaces one of them, `set_adapter` both.
+    """
+    parts, modules = base_parts(model), modules_in_full(adapter)
+    check_full(model, {name: parts[name] for name in modules if name in parts})
+    names = {parts[n]: n for n in (*adapter.layers, *modules) if n in parts}
+    for name, part in parts.items():
+        if names.get(part, name) != name:
+            raise ValueError(
+                f"{names[part]} is also {name}, but PEFT adapts only one of them: use "
+                "save_adapter and load_adapter"
+            )
 
 
 # Reading
@@ -158,19 +228,23 @@ def import_peft(model, folder):
     """Put the LoRA adapter that PEFT or `export_peft` wrote into `folder` into `model`, and return `model`.
 
     PEFT records no fingerprint of the base model: make sure that `model` is the right one.
-    Raises FileNotFoundError for a missing file, and ValueError for a damaged one, a method other than
-    plain LoRA, or layers and shapes that do not fit; `model` is then unchanged.
+    Raises FileNotFoundError for a missing file, OSError for one that cannot be read, and ValueError for a
+    damaged one, a method other than plain LoRA, or layers and shapes that do not fit; `model` is then
+    unchanged.
     """
     remedy = "PEFT's save_pretrained writes it"
     config = read_json(folder, PEFT_SETTINGS, remedy)
     check_plain_lora(config)
-    path = Path(folder, PEFT_WEIGHTS)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no {PEFT_WEIGHTS} in {folder}: older .bin files are pickles, "
-            "which can run code; save the adapter again with a newer PEFT"
-        )
-    return set_adapter(model, adapter_from_peft(config, read_tensors(path)))
+    remedy = (
+        "older .bin files are pickles, which can run code; save the adapter again "
+        "with a newer PEFT"
+    )
+    tensors = read_tensors(find_file(folder, PEFT_WEIGHTS, remedy))
+    with reading(Path(folder, PEFT_SETTINGS)):
+        adapter = adapter_from_peft(config, tensors)
+        check_low_rank(adapter.layers, adapter.tensors)
+    check_shared(model, adapter)
+    return set_adapter(model, adapter)
 
 
 def check_plain_lora(config):
@@ -189,11 +263,11 @@ def check_plain_lora(config):
 def adapter_from_peft(config, tensors):
     """Return the `Adapter` that PEFT's settings and {name: tensor} describe.
 
-    Raises ValueError if there is no lora_A.weight or lora_B.weight.
+    Raises one of `lora.files.DAMAGE` for settings of other types.
     """
     layers, ours = {}, {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
+        name = key.removeprefix(PREFIX).replace("_orig_mod.", "")
         low_rank = re.fullmatch(r"(.*)\.lora_([AB])\.weight", name)
         if low_rank is None:  # a module trained in full
             ours[name] = tensor
@@ -201,8 +275,6 @@ def adapter_from_peft(config, tensors):
             layer, part = low_rank.groups()
             layers[layer] = layer_settings(config, layer)
             ours[f"{layer}.lora.{part}"] = tensor.T.contiguous()
-    if not layers:
-        raise ValueError("no tensor is a lora_A.weight: save the adapter again")
     return Adapter(layers, ours)
 
 
@@ -211,7 +283,7 @@ def layer_settings(config, layer):
     return {
         "rank": by_pattern(config.get("rank_pattern"), layer, config["r"]),
         "alpha": by_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"]),
-        "scaling": "alpha/sqrt(rank)" if config.get("use_rslora") else "alpha/rank",
+        "scaling": PEFT_SCALINGS[config.get("use_rslora") or False],
         "dropout": config.get("lora_dropout", 0.0),
     }
 
