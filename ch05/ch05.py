@@ -153,7 +153,7 @@ def check_training(train_loader, val_loader, eval_freq, eval_iter):
         )
 
 
-def check_finite(tensors, steps):
+def check_divergence(tensors, steps):
     """Raise ValueError if a loss or a weight is infinite or NaN after so many steps of training."""
     if not all(tensor.isfinite().all() for tensor in tensors):
         remedy = "lower the learning rate" if steps else "load the weights again"
@@ -179,7 +179,7 @@ def train_model_simple(
         for input_batch, target_batch in batches:
             optimizer.zero_grad()
             loss = calc_loss_batch(input_batch, target_batch, model, device)
-            check_finite([loss], steps=global_step + 1)
+            check_divergence([loss], steps=global_step + 1)
             loss.backward()
             optimizer.step()
             tokens_seen += input_batch.numel()
@@ -195,7 +195,7 @@ def train_model_simple(
                     f"Ep {epoch + 1} (Step {global_step:06d}): "
                     f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}"
                 )
-        check_finite(model.parameters(), steps=global_step + 1)
+        check_divergence(model.parameters(), steps=global_step + 1)
         generate_and_print_sample(model, tokenizer, device, start_context)
     return train_losses, val_losses, track_tokens_seen
 

@@ -1,6 +1,7 @@
-"""Checkpoints of chapter 5: a GPT's weights with their configuration, in one file that holds no code.
+"""Checkpoints: a GPT's weights with their configuration, in one file that holds no code.
 
-`ch05.ipynb` explains `save_checkpoint`, `read_checkpoint` and `load_checkpoint`; `ch05` exports them.
+`ch05.ipynb` explains those of language models, which `ch05` exports, and `ch06.ipynb` those of
+classifiers, which `ch06` exports.
 """
 
 import pickle
@@ -36,7 +37,7 @@ def write_checkpoint(path, checkpoint):
             raise OSError(f"{path} cannot be written: is the disk full?") from error
 
 
-def build_model(config, state, path):
+def rebuild_model(config, state, path):
     """Return a `GPTModel` of `config` with the state dict `state`, and a classification head if that has one.
 
     Raises ValueError, naming `path`, for LoRA layers and for weights that do not fit the configuration.
@@ -70,7 +71,7 @@ def save_checkpoint(path, model, config, optimizer=None, **settings):
     if optimizer is not None:
         checkpoint["optimizer"] = optimizer.state_dict()
     with torch.device("meta"):  # without memory: only to see whether it can be loaded
-        build_model(config, checkpoint["model"], path)
+        rebuild_model(config, checkpoint["model"], path)
     write_checkpoint(path, checkpoint)
 
 
@@ -109,5 +110,30 @@ def load_checkpoint(path, device="cpu"):
     checkpoint = read_checkpoint(path, device)
     if "out_head.bias" in checkpoint["model"]:
         raise ValueError(f"{path} is a classifier's: use ch06.load_classifier")
-    model = build_model(checkpoint["config"], checkpoint["model"], path)
+    model = rebuild_model(checkpoint["config"], checkpoint["model"], path)
     return model.to(device).eval(), checkpoint
+
+
+# Chapter 6's classifiers
+
+
+def save_classifier(path, model, config, max_length):
+    """Write the classifier with its `config` and the `max_length` to which its messages were padded.
+
+    None stands for no padding. Raises ValueError for a language model, and as `save_checkpoint` does.
+    """
+    if "out_head.bias" not in model.state_dict():
+        raise ValueError("not a classifier: call add_classification_head first")
+    save_checkpoint(path, model, config, max_length=max_length)
+
+
+def load_classifier(path, device="cpu"):
+    """Return (model, max_length) that `save_classifier` wrote; the model is in eval mode on `device`.
+
+    Raises FileNotFoundError if the file is missing, ValueError if it is not a classifier's.
+    """
+    checkpoint = read_checkpoint(path, device)
+    if "max_length" not in checkpoint:
+        raise ValueError(f"{path} is no classifier: use ch05.load_checkpoint")
+    model = rebuild_model(checkpoint["config"], checkpoint["model"], path)
+    return model.to(device).eval(), checkpoint["max_length"]

@@ -172,6 +172,8 @@ def load_gpt2_params_from_safetensors(path, settings):
         tensors = load_file(path)
     except SafetensorError as error:
         raise damaged_error(path, error) from error
+    except (KeyError, AttributeError) as error:  # a torch that lacks the dtype
+        raise ValueError(f"{path}: this torch cannot read {error}: take the file in float32") from error
     params = {"blocks": [{} for _ in range(settings["n_layer"])]}
     for name, tensor in tensors.items():
         if WEIGHT_NAME.fullmatch(name):  # others: causal masks
