@@ -157,7 +157,9 @@ def check_divergence(tensors, steps):
     """Raise ValueError if a loss or a weight is infinite or NaN after so many steps of training."""
     if not all(tensor.isfinite().all() for tensor in tensors):
         remedy = "lower the learning rate" if steps else "load the weights again"
-        raise ValueError(f"loss or weights are not finite after {steps} steps: {remedy}")
+        raise ValueError(
+            f"loss or weights are not finite after {steps} steps: {remedy}"
+        )
 
 
 def train_model_simple(

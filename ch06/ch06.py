@@ -345,6 +345,7 @@ def classify_review(
         logits = model(torch.tensor([input_ids], device=device))[0, -1]  # (C,)
     if len(logits) != len(classes):
         raise ValueError(
-            f"the head has {len(logits)} classes, not {len(classes)}: name them with classes="
+            f"the head has {len(logits)} classes, not {len(classes)}: "
+            "name them with classes="
         )
     return classes[logits.argmax().item()]
