@@ -164,9 +164,9 @@ def print_gradients(model, x):
 class MultiHeadAttention(nn.Module):
     """softmax(Q Kᵀ / √hd + causal mask) V in every head, then the output projection.
 
-    x (B, T, d_in) to (B, T, d_out). `cache` holds the keys and values of earlier tokens.
-    If `fused` is set (see `use_fused_attention`), torch's kernel computes the same without storing
-    the T × T weights. Raises ValueError if num_heads does not divide d_out. Source: chapter 3.
+    x (B, T, d_in) to (B, T, d_out). `cache` holds earlier tokens' keys and values; `fused` (see
+    `use_fused_attention`) uses torch's kernel, which does not store the T × T weights. A state dict may
+    contain `mask`. Raises ValueError if num_heads does not divide d_out. Source: chapter 3.
     """
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
@@ -183,10 +183,13 @@ class MultiHeadAttention(nn.Module):
         self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.out_proj = nn.Linear(d_out, d_out)
         self.dropout = nn.Dropout(dropout)
-        pairs = torch.ones(context_length, context_length, dtype=torch.bool)
-        later = pairs.triu(diagonal=1)  # (queries, keys), True: a later token
-        self.register_buffer("mask", later, persistent=False)
+        later = torch.ones(context_length, context_length, dtype=torch.bool).triu(1)
+        self.register_buffer("mask", later, persistent=False)  # (queries, keys)
         self.fused = False
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(f"{prefix}mask", None)  # the printed class saves its mask
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x, cache=None):
         queries = self.split_heads(self.W_query(x))  # (B, nh, T, hd)
@@ -200,8 +203,7 @@ class MultiHeadAttention(nn.Module):
         return self.out_proj(context)
 
     def split_heads(self, x):
-        heads = x.view(*x.shape[:2], self.num_heads, self.head_dim)
-        return heads.transpose(1, 2)  # (B, nh, T, hd)
+        return x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
     def causal_mask(self, num_queries, num_keys):
         """Return (queries, keys), True: hidden. The queries are those of the last tokens."""

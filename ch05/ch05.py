@@ -17,10 +17,8 @@ from tqdm.auto import tqdm
 from book_assets import get_tokenizer
 from book_assets.files import replacing
 from ch04 import GPTModel, KVCache, generate_text_simple
+from gpt_checkpoint import load_checkpoint, read_checkpoint, save_checkpoint  # noqa: F401 (section 5.4)
 from gpt_download import CONFIG_NAMES, download_and_load_gpt2
-
-CHECKPOINT_FORMAT = "gpt-from-scratch/1"
-
 
 # From chapter 2: text to batches
 
@@ -143,6 +141,27 @@ def with_progress(loader, label, progress=True):
             bar.update()
 
 
+def check_training(train_loader, val_loader, eval_freq, eval_iter):
+    """Raise ValueError for a loader without batches and for evaluations of none: they say nothing."""
+    if not len(train_loader) or not len(val_loader):
+        raise ValueError(
+            "a loader has no batches: take a smaller batch_size, or drop_last=False"
+        )
+    if eval_freq < 1 or eval_iter == 0:
+        raise ValueError(
+            f"need eval_freq >= 1 and eval_iter >= 1, not {eval_freq} and {eval_iter}"
+        )
+
+
+def check_divergence(tensors, steps):
+    """Raise ValueError if a loss or a weight is infinite or NaN after so many steps of training."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        remedy = "lower the learning rate" if steps else "load the weights again"
+        raise ValueError(
+            f"loss or weights are not finite after {steps} steps: {remedy}"
+        )
+
+
 def train_model_simple(
     model, train_loader, val_loader, optimizer, device, num_epochs,
     eval_freq, eval_iter, start_context, tokenizer, progress=True,
@@ -150,8 +169,10 @@ def train_model_simple(
     """Train to predict the next token; print losses every `eval_freq` steps and a sample per epoch.
 
     Returns (train_losses, val_losses, track_tokens_seen), one entry per evaluation.
-    `progress=False` (or the variable TQDM_DISABLE=1) hides the bar. Source: section 5.2.
+    `progress=False` (or the variable TQDM_DISABLE=1) hides the bar. Raises ValueError for a loader without
+    batches, for eval_freq or eval_iter below 1, and if the training diverges. Source: section 5.2.
     """
+    check_training(train_loader, val_loader, eval_freq, eval_iter)
     train_losses, val_losses, track_tokens_seen = [], [], []
     tokens_seen, global_step = 0, -1
     for epoch in range(num_epochs):
@@ -160,6 +181,7 @@ def train_model_simple(
         for input_batch, target_batch in batches:
             optimizer.zero_grad()
             loss = calc_loss_batch(input_batch, target_batch, model, device)
+            check_divergence([loss], steps=global_step + 1)
             loss.backward()
             optimizer.step()
             tokens_seen += input_batch.numel()
@@ -175,6 +197,7 @@ def train_model_simple(
                     f"Ep {epoch + 1} (Step {global_step:06d}): "
                     f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}"
                 )
+        check_divergence(model.parameters(), steps=global_step + 1)
         generate_and_print_sample(model, tokenizer, device, start_context)
     return train_losses, val_losses, track_tokens_seen
 
@@ -196,8 +219,9 @@ def plot_curves(epochs_seen, counts_seen, counted, curves, ylabel, save_as=None)
 
     fig, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
     upper = ax.twiny()
+    marker = "o" if len(epochs_seen) < 10 else None  # a single point has no line
     for (label, values), style in zip(curves.items(), ("-", "-."), strict=True):
-        ax.plot(epochs_seen, values, style, label=label)
+        ax.plot(epochs_seen, values, style, marker=marker, label=label)
         upper.plot(counts_seen, values, alpha=0)  # only to scale the axis
     ax.set(xlabel="epochs", ylabel=ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -277,52 +301,6 @@ def generate(
     return idx
 
 
-# 5.4 Saving and loading
-
-
-def save_checkpoint(path, model, config, optimizer=None, **settings):
-    """Write the model's weights and `config`, and the optimizer's state and `settings` if given.
-
-    `settings` are plain Python values or tensors. An existing file is replaced only by a complete one.
-    """
-    checkpoint = {
-        **settings, "format": CHECKPOINT_FORMAT,
-        "config": config, "model": model.state_dict(),
-    }
-    if optimizer is not None:
-        checkpoint["optimizer"] = optimizer.state_dict()
-    with replacing(path) as partial:
-        torch.save(checkpoint, partial)
-
-
-def read_checkpoint(path, device="cpu"):
-    """Return the dictionary that `save_checkpoint` wrote, its tensors on `device`.
-
-    Raises FileNotFoundError if the file is missing, ValueError if it is damaged or not a checkpoint.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(
-            f"no checkpoint {path}: train first, or name the file that you saved"
-        )
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for foreign files
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    if found != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} is not from save_checkpoint: it has no config")
-    return checkpoint
-
-
-def load_checkpoint(path, device="cpu"):
-    """Return (model, checkpoint): a `GPTModel` in eval mode on `device`, and the whole dictionary."""
-    checkpoint = read_checkpoint(path, device)
-    model = GPTModel(checkpoint["config"])
-    model.load_state_dict(checkpoint["model"])
-    return model.to(device).eval(), checkpoint
-
-
 # 5.5 OpenAI's weights
 
 
@@ -333,7 +311,9 @@ def config_from_settings(settings, drop_rate=0.0):
 
 
 def assign(left, right):
-    """Return `right` as a Parameter with the dtype and device of `left`; ValueError if shapes differ."""
+    """Return `right` as a Parameter with the dtype and device of `left`; ValueError if it does not fit."""
+    if left.is_meta:
+        raise ValueError("the model is on the meta device: build it on the CPU first")
     here, there = tuple(left.shape), tuple(right.shape)
     if here != there:
         raise ValueError(f"the model's shape is {here}, the weights' {there}")
@@ -375,19 +355,26 @@ def matching_weights(gpt, params):
     for number, block in enumerate(gpt.trf_blocks):
         yield from block_weights(f"h{number}", block, params["blocks"][number])
     yield from norm_weights("ln_f", gpt.final_norm, params)
-    yield "wte (output head)", gpt.out_head, "weight", params["wte"]
+    head = params.get("lm_head", params["wte"])  # GPT-2's own head is tied to wte
+    yield "output head", gpt.out_head, "weight", head
 
 
 def load_weights_into_gpt(gpt, params):
     """Copy GPT-2's weights into `gpt`, whose configuration must have qkv_bias True.
 
-    Raises ValueError that names a tensor whose shape differs, and leaves `gpt` unchanged.
+    params["lm_head"] (V, D), if present, is an output head of its own. Raises ValueError that names what
+    does not fit (a shape, an adapted layer, a model on the meta device), and leaves `gpt` unchanged.
     """
     ours, theirs = len(gpt.trf_blocks), len(params["blocks"])
     if ours != theirs:
         raise ValueError(f"the model has {ours} blocks, the weights {theirs}")
     loaded = []
     for name, module, attribute, array in matching_weights(gpt, params):
+        if attribute not in module._parameters:
+            raise ValueError(
+                f"{name}: {type(module).__name__} is no plain layer: "
+                "load the weights first, then adapt the model"
+            )
         left = getattr(module, attribute)
         if left is None:
             raise ValueError(f"{name}: the model has no bias; set qkv_bias=True")

@@ -4,10 +4,10 @@
 
 `settings` contains n_vocab, n_ctx, n_embd, n_head and n_layer. `params` contains float32 arrays: "wte"
 (V, D), "wpe" (context, D), "g" and "b" (D,) of the final norm, and "blocks", one dictionary per layer,
-whose parts and shapes are in `LAYER_SHAPES`. Both sources give the same arrays.
+whose parts and shapes are in `LAYER_SHAPES`. Both sources give the same arrays. Only a file whose output
+head is not the token embedding, as OpenAI's is, gives "lm_head" (V, D) too.
 """
 
-import importlib.util
 import json
 import re
 import shutil
@@ -43,7 +43,7 @@ LAYER_SHAPES = {  # of each part's weight (in, out), gain and bias, in multiples
     "mlp.c_proj": {"w": (4, 1), "b": (1,)},
 }
 WEIGHT_NAME = re.compile(
-    r"(transformer\.)?((wte|wpe)\.weight"
+    r"(transformer\.)?((wte|wpe|lm_head)\.weight"
     rf"|(ln_f|h\.\d+\.({'|'.join(map(re.escape, LAYER_SHAPES))}))\.(weight|bias))"
 )
 
@@ -53,9 +53,9 @@ def download_and_load_gpt2(model_size, models_dir, source=None):
 
     `model_size` is 124M, 355M, 774M or 1558M, or tiny for the model that this repository ships.
     `source` is "tensorflow" (OpenAI's checkpoint) or "safetensors" (Hugging Face's file, which needs no
-    TensorFlow); None takes the one that is already there, else TensorFlow's if it is installed.
+    TensorFlow); None takes the one that is already there, else TensorFlow's if that can be imported.
     A relative `models_dir` is looked up in LLM_CACHE_DIR if that variable is set.
-    Raises ValueError for another size or source, ImportError for "tensorflow" without TensorFlow,
+    Raises ValueError for another size or source, ImportError for "tensorflow" without a working one,
     `book_assets.downloads.DownloadError` if a file cannot be downloaded. Source: section 5.5.
     """
     if model_size == "tiny":
@@ -65,7 +65,7 @@ def download_and_load_gpt2(model_size, models_dir, source=None):
     folder = in_cache(Path(models_dir) / model_size)
     source = source or preferred_source(folder)
     if source == "tensorflow":
-        require_tensorflow()
+        import_tensorflow()
         for file in (*SMALL_FILES, *CHECKPOINT_FILES):
             fetch(ASSETS[f"gpt2/{model_size}/{file}"], folder)
     elif source == "safetensors":
@@ -77,20 +77,28 @@ def download_and_load_gpt2(model_size, models_dir, source=None):
 
 
 def preferred_source(folder):
-    """Return the source whose weights are in `folder`, else "tensorflow" if that is installed."""
+    """Return the source whose weights are in `folder`, else "tensorflow" if that can be imported."""
     if (folder / SAFETENSORS_FILE).exists():
         return "safetensors"
-    if (folder / CHECKPOINT_FILES[1]).exists() or importlib.util.find_spec("tensorflow"):
+    if (folder / CHECKPOINT_FILES[1]).exists():
         return "tensorflow"
-    return "safetensors"
+    try:
+        import_tensorflow()
+    except ImportError:
+        return "safetensors"
+    return "tensorflow"
 
 
-def require_tensorflow():
-    if importlib.util.find_spec("tensorflow") is None:
+def import_tensorflow():
+    """Return the module tensorflow; ImportError with the remedies if it is missing or broken."""
+    try:
+        import tensorflow
+    except Exception as error:  # a broken installation raises many kinds
         raise ImportError(
-            "OpenAI's checkpoint is read with TensorFlow, which is not installed: "
+            f"OpenAI's checkpoint is read with TensorFlow, which cannot be imported ({error}): "
             'run "pip install tensorflow", or pass source="safetensors", which does not need it'
-        )
+        ) from error
+    return tensorflow
 
 
 def add_small_files(folder, model_size):
@@ -113,13 +121,11 @@ def load_gpt2(folder, source=None):
     settings = read_settings(folder / "hparams.json")
     if (source or preferred_source(folder)) == "safetensors":
         return settings, load_gpt2_params_from_safetensors(folder / SAFETENSORS_FILE, settings)
-    require_tensorflow()
-    import tensorflow as tf
-
-    checkpoint = tf.train.latest_checkpoint(str(folder))
-    if checkpoint is None:
+    state = import_tensorflow().train.get_checkpoint_state(str(folder))  # reads the file `checkpoint`
+    prefix = state.model_checkpoint_path if state else ""
+    if not Path(f"{prefix}.index").is_file():
         raise FileNotFoundError(f"no TensorFlow checkpoint and no {SAFETENSORS_FILE} in {folder}")
-    return settings, load_gpt2_params_from_tf_ckpt(checkpoint, settings)
+    return settings, load_gpt2_params_from_tf_ckpt(prefix, settings)
 
 
 def read_settings(path):
@@ -138,8 +144,7 @@ def read_settings(path):
 
 def load_gpt2_params_from_tf_ckpt(ckpt_path, settings):
     """Return params from a TensorFlow checkpoint (path prefix): variables such as model/h0/attn/c_attn/w."""
-    import tensorflow as tf
-
+    tf = import_tensorflow()
     params = {"blocks": [{} for _ in range(settings["n_layer"])]}
     try:
         reader = tf.train.load_checkpoint(ckpt_path)
@@ -154,27 +159,46 @@ def load_gpt2_params_from_tf_ckpt(ckpt_path, settings):
 
 
 def load_gpt2_params_from_safetensors(path, settings):
-    """Return params from tensors such as h.0.attn.c_attn.weight, with or without "transformer." before it."""
+    """Return params from tensors such as h.0.attn.c_attn.weight, with or without "transformer." before it.
+
+    Raises ValueError for a damaged file and for one whose weights are not floating-point numbers.
+    """
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file
 
     if not Path(path).exists():
         raise FileNotFoundError(f"no {Path(path).name} in {Path(path).parent}")
     try:
         tensors = load_file(path)
-    except (SafetensorError, TypeError, KeyError) as error:  # the last two: a dtype NumPy lacks
+    except SafetensorError as error:
         raise damaged_error(path, error) from error
+    except (KeyError, AttributeError) as error:  # a torch that lacks the dtype
+        raise ValueError(f"{path}: this torch cannot read {error}: take the file in float32") from error
     params = {"blocks": [{} for _ in range(settings["n_layer"])]}
-    for name, array in tensors.items():
-        if WEIGHT_NAME.fullmatch(name):  # others: causal masks, the tied output head
-            store(params, openai_path(name), array)
-    return require_complete(params, path)
+    for name, tensor in tensors.items():
+        if WEIGHT_NAME.fullmatch(name):  # others: causal masks
+            store(params, openai_path(name), to_numpy(path, name, tensor))
+    require_complete(params, path)
+    if np.array_equal(params.get("lm_head"), params["wte"]):
+        del params["lm_head"]  # tied
+    return params
+
+
+def to_numpy(path, name, tensor):
+    """Return `tensor` as a float32 array of its own; ValueError unless it is float64, 32, 16 or bfloat16."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in ("float64", "float32", "float16", "bfloat16"):
+        raise ValueError(
+            f"{path} holds {name} as {dtype}, quantised weights that need more than a conversion: "
+            "take the file in float32, float16 or bfloat16"
+        )
+    return tensor.float().numpy().copy()  # not the file's pages, which may change
 
 
 def openai_path(name):
     """h.0.attn.c_attn.weight → [h0, attn, c_attn, w]; ln_f.bias → [ln_f, b]; wte.weight → [wte]."""
     parts = name.removeprefix("transformer.").split(".")
-    if parts[0] in ("wte", "wpe"):
+    if parts[0] in ("wte", "wpe", "lm_head"):
         return parts[:1]
     kind = "b" if parts[-1] == "bias" else "g" if parts[-2].startswith("ln_") else "w"
     return ([f"h{parts[1]}", *parts[2:-1]] if parts[0] == "h" else parts[:1]) + [kind]

@@ -13,20 +13,29 @@ import gzip
 import json
 import math
 import random
+import sys
 import time
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+try:
+    from book_assets.command_line import command
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}: start with python setup/run_main.py, which installs everything")
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from book_assets import get_tokenizer
-from book_assets.files import replacing
+from book_assets.files import append_line, check_outputs, replacing, write_whole
 from book_assets.table import EMBEDDED_MODEL
 from ch04 import GPTModel, pick_device, use_fused_attention
-from gpt_download import CONFIG_NAMES
+from ch05 import check_divergence
+from gpt_checkpoint import write_checkpoint
+from gpt_download import CONFIG_NAMES, SAFETENSORS_FILE
 
 TINY_CONFIG = {
     "vocab_size": 50257,
@@ -50,6 +59,10 @@ class Schedule:
     decay: float = 0.25  # fraction of the steps
     floor: float = 0.05  # of the peak
 
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"{self.steps} steps train nothing: take 1 or more")
+
     def rate(self, step):
         """Return the learning rate of `step`, counted from 0."""
         left = (self.steps - step) / (self.decay * self.steps)  # 1 or more before the decay begins
@@ -59,14 +72,18 @@ class Schedule:
 def read_documents(folder):
     """Return the documents of more than 200 characters in all *.txt and *.txt.gz files, in file-name order.
 
-    Raises FileNotFoundError if there are none.
+    Raises FileNotFoundError if there are none, ValueError for a file that is damaged or not UTF-8.
     """
     files = sorted(path for path in Path(folder).iterdir() if path.name.endswith((".txt", ".txt.gz")))
     documents = []
     for path in files:
         opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as file:
-            documents += [text.strip() for text in file.read().split("\n<|endoftext|>\n")]
+        try:
+            with opener(path, "rt", encoding="utf-8") as file:
+                text = file.read()
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} cannot be read ({error}): give UTF-8 text or leave it out") from error
+        documents += [document.strip() for document in text.split("\n<|endoftext|>\n")]
     documents = [text for text in documents if len(text) > 200]
     if not documents:
         raise FileNotFoundError(f"no *.txt or *.txt.gz with documents in {folder}: name another --corpus")
@@ -167,12 +184,18 @@ def make_optimizer(model):
 
 
 def resume(path, model, optimizer):
-    """Load the checkpoint `path`, if it exists, into both; return (steps done, seconds so far)."""
+    """Load the checkpoint `path`, if it exists, into both; return (steps done, seconds so far).
+
+    Raises ValueError if it is damaged or another program's.
+    """
     if not path.exists():
         return 0, 0.0
-    state = torch.load(path, map_location=model.tok_emb.weight.device, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        state = torch.load(path, map_location=model.tok_emb.weight.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:  # torch raises many kinds for foreign files
+        raise ValueError(f"{path} is no checkpoint of such a run: take another --work-dir") from error
     print(f"resuming from step {state['step']} of {path}")
     return state["step"], state["seconds"]
 
@@ -191,17 +214,24 @@ def train_step(model, optimizer, softmax, inputs, targets, rate):
 
 
 def log_row(path, row):
-    """Print a row of the log and append it to the file `path`, one JSON object per line."""
-    line = json.dumps(row)
+    """Append a row of the log to the file `path`, one JSON object per line, and print it."""
+    line = json.dumps(row, allow_nan=False)
+    append_line(path, line)
     print(line, flush=True)
-    with open(path, "a", encoding="utf-8") as log:
-        log.write(line + "\n")
 
 
 def pretrain(train, held_out, work_dir, schedule, batch_size=12, seed=123, every=250):
-    """Train from scratch or from `work_dir`'s checkpoint, append to log.jsonl, and return the model."""
+    """Train from scratch or from `work_dir`'s checkpoint, append to log.jsonl, and return the model.
+
+    Raises ValueError for texts shorter than a window, and if the training diverges.
+    """
     device = pick_device()
     length = TINY_CONFIG["context_length"]
+    if min(len(train), len(held_out)) < length + 2:
+        raise ValueError(
+            f"{len(train)} training and {len(held_out)} held-out tokens: both must be more than "
+            f"{length + 1}: take a larger corpus"
+        )
     path = work_dir / "checkpoint.pt"
     torch.manual_seed(seed)
     model = GPTModel(TINY_CONFIG)
@@ -228,10 +258,10 @@ def pretrain(train, held_out, work_dir, schedule, batch_size=12, seed=123, every
                 "learning_rate": schedule.rate(step), "seconds": round(time.perf_counter() - began, 1),
             }
             losses = []
+            check_divergence(model.parameters(), done)  # before it replaces a good checkpoint
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            write_checkpoint(path, state | {"step": done, "seconds": row["seconds"]})
             log_row(work_dir / "log.jsonl", row)
-            with replacing(path) as partial:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                torch.save(state | {"step": done, "seconds": row["seconds"]}, partial)
     return model
 
 
@@ -254,29 +284,45 @@ def export(model, folder, config=None, dtype=torch.float16):
         tensors |= {f"{name}.weight": norm.scale, f"{name}.bias": norm.shift}
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.detach().to(dtype).contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    with replacing(folder / SAFETENSORS_FILE) as partial:
+        save_file(stored, partial, metadata={"format": "pt"})
     hparams = {name: config[ours] for name, ours in CONFIG_NAMES.items()}
-    (folder / "hparams.json").write_text(json.dumps(hparams) + "\n", encoding="utf-8")
+    write_whole(folder / "hparams.json", json.dumps(hparams) + "\n")
 
 
-def main():
+def load_tokens(cache, corpus):
+    """Return training and held-out tokens from the file `cache`, or of the folder `corpus`, then cached.
+
+    Raises ValueError if the file is damaged, and what `read_documents` raises.
+    """
+    if not cache.exists():
+        train, held_out = split_and_encode(read_documents(corpus), get_tokenizer())
+        with replacing(cache) as partial, open(partial, "wb") as file:
+            np.savez(file, train=train, held_out=held_out)
+    try:
+        with np.load(cache) as tokens:
+            return tokens["train"], tokens["held_out"]
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{cache} is damaged: delete it, so that the corpus is read again") from error
+
+
+@command
+def main(arguments=None):
+    """Run the command, see --help."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", required=True, help="folder of *.txt or *.txt.gz")
     parser.add_argument("--work-dir", type=Path, default=Path("build/gpt2-tiny"))
     parser.add_argument("--steps", type=int, default=4000, help="of 12 × 256 tokens each")
     parser.add_argument("--export", type=Path, default=EMBEDDED_MODEL, help="folder for the finished model")
-    args = parser.parse_args()
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    cache = args.work_dir / "tokens.npz"
-    if not cache.exists():
-        train, held_out = split_and_encode(read_documents(args.corpus), get_tokenizer())
-        np.savez(cache, train=train, held_out=held_out)
-    with np.load(cache) as tokens:
-        train, held_out = tokens["train"], tokens["held_out"]
+    args = parser.parse_args(arguments)
+    schedule = Schedule(args.steps)
+    work_files = [args.work_dir / name for name in ("tokens.npz", "checkpoint.pt", "log.jsonl")]
+    check_outputs(*work_files, args.export / SAFETENSORS_FILE, args.export / "hparams.json")
+    train, held_out = load_tokens(work_files[0], args.corpus)
     print(f"{len(train):,} training tokens, {len(held_out):,} held out", flush=True)
-    model = pretrain(train, held_out, args.work_dir, Schedule(args.steps))
+    model = pretrain(train, held_out, args.work_dir, schedule)
     export(model, args.export)
-    print(f"wrote {args.export / 'model.safetensors'}")
+    print(f"wrote {args.export / SAFETENSORS_FILE}")
 
 
 if __name__ == "__main__":

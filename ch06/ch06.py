@@ -5,6 +5,7 @@ Shapes in comments: B batch, T tokens, C classes. Accuracies are fractions betwe
 """
 
 from itertools import islice
+from numbers import Integral
 
 import pandas as pd
 import torch
@@ -16,7 +17,7 @@ import ch05
 from book_assets import in_cache
 from book_assets.downloads import fetch_spam_data
 from book_assets.table import EMBEDDED_MESSAGES
-from ch04 import GPTModel
+from gpt_checkpoint import load_classifier, save_classifier  # noqa: F401 (section 6.8)
 
 LABELS = {"ham": 0, "spam": 1}
 SPLITS = ("train", "validation", "test")
@@ -33,8 +34,8 @@ def download_and_unzip_spam_data(url, zip_path, extracted_path, data_file_path):
     fetch_spam_data(url, zip_path, extracted_path, data_file_path)
 
 
-def read_messages(path):
-    """Return a DataFrame with the columns Label ("ham" or "spam") and Text from a tab-separated file.
+def read_messages(path, labels=LABELS):
+    """Return a DataFrame with the columns Label (one of `labels`) and Text from a tab-separated file.
 
     Quotes are read as in listing E.1, by pandas' default: in the SMS Spam Collection a quotation mark
     that is not closed swallows the lines up to the next one, so 5,574 lines give 5,572 messages.
@@ -45,7 +46,7 @@ def read_messages(path):
         keep_default_na=False,  # "NA" and "null" are messages like any other
     )
     remedy = f"every line of {path} must be a label, a tab and a message"
-    check_labels(df["Label"], LABELS, remedy)
+    check_labels(df["Label"], labels, remedy)
     return df
 
 
@@ -78,20 +79,22 @@ def check_labels(labels, known, remedy):
         raise ValueError(f"labels {unknown[:3]} are not among {list(known)}: {remedy}")
 
 
-def create_balanced_dataset(df):
-    """Return as many "ham" as "spam" rows, ham first; the larger class is sampled (random_state 123).
+def create_balanced_dataset(df, labels=LABELS):
+    """Return equally many rows of each of `labels`, in their order; larger classes are sampled.
 
-    Raises ValueError for other labels, or if a class has no rows. Source: section 6.2.
+    random_state is 123. Raises ValueError for other labels, or if a class has no rows. Source: section 6.2.
     """
-    check_labels(df["Label"], LABELS, "balance before mapping to numbers")
-    ham, spam = (df[df["Label"] == label] for label in LABELS)
-    size = min(len(ham), len(spam))
+    remedy = "balance before mapping to numbers, or name your labels with labels="
+    check_labels(df["Label"], labels, remedy)
+    first, *others = (df[df["Label"] == label] for label in labels)
+    size = min(map(len, (first, *others)))
     if size == 0:
-        raise ValueError(f"{len(ham)} ham, {len(spam)} spam: both are needed")
-    ham = ham.sample(size, random_state=123)
-    if len(spam) > size:  # if not, spam keeps its order: the book's split needs it
-        spam = spam.sample(size, random_state=123)
-    return pd.concat([ham, spam])
+        raise ValueError(f"a class of {list(labels)} has no rows: each needs some")
+    sampled = [first.sample(size, random_state=123)]
+    for rows in others:  # the smallest keeps its order: the book's split needs it
+        larger = len(rows) > size
+        sampled.append(rows.sample(size, random_state=123) if larger else rows)
+    return pd.concat(sampled)
 
 
 def random_split(df, train_frac, validation_frac):
@@ -130,19 +133,25 @@ def cut_or_pad(token_ids, length, pad_token_id=50256):
     return token_ids[:length] + [pad_token_id] * (length - len(token_ids))
 
 
+def check_max_length(max_length):
+    """Raise ValueError unless `max_length` is a whole number of tokens, 1 or more, or None."""
+    whole = max_length is None or isinstance(max_length, Integral)
+    if not whole or (max_length is not None and max_length < 1):
+        raise ValueError(f"max_length {max_length!r}: use at least 1 token, or None")
+
+
 class SpamDataset(Dataset):
-    """Messages of a CSV file with the columns Label (0 ham, 1 spam) and Text, as equally long token ids.
+    """Messages of a CSV file with the columns Label (0, 1 …) and Text, as equally long token ids.
 
     `csv_file` is a path or an open file. Messages are padded to `max_length` tokens or cut to the first
     ones; None takes the longest message's length. It must not exceed the model's context length.
-    Item: (ids (max_length,), label ()), both int64. Raises ValueError for missing columns, other
-    labels, messages without text (by row, from 0), no messages, and max_length below 1.
+    Item: (ids (max_length,), label ()), both int64. Raises ValueError for missing columns, labels that
+    are not numbers, messages without text (by row, from 0), no messages, and max_length below 1.
     Source: section 6.3, listing E.2.
     """
 
     def __init__(self, csv_file, tokenizer, max_length=None, pad_token_id=50256):
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length {max_length}: use at least 1 token")
+        check_max_length(max_length)
         self.data = read_labelled_csv(csv_file)
         encoded = [encode_message(t, tokenizer) for t in self.data["Text"]]
         self.max_length = max_length or max(map(len, encoded))
@@ -159,7 +168,7 @@ class SpamDataset(Dataset):
 
 
 def read_labelled_csv(csv_file):
-    """Return the DataFrame (Label 0 or 1, Text not empty) of a CSV file; ValueError for anything else."""
+    """Return the DataFrame (Label 0, 1 …, Text not empty) of a CSV file; ValueError for anything else."""
     try:
         df = pd.read_csv(csv_file, dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:
@@ -170,8 +179,12 @@ def read_labelled_csv(csv_file):
             f"{csv_file} must have the columns Label and Text, "
             f"its first line is {list(df.columns)}"
         )
-    remedy = 'map words to numbers first, with .map({"ham": 0, "spam": 1})'
-    check_labels(df["Label"], ("0", "1"), remedy)
+    words = df.loc[~df["Label"].str.fullmatch("[0-9]{1,4}"), "Label"].unique().tolist()
+    if words:
+        raise ValueError(
+            f"labels {words[:3]} are not class numbers 0, 1 …: "
+            'map words to numbers first, with .map({"ham": 0, "spam": 1})'
+        )
     empty = df.index[df["Text"].str.strip() == ""].tolist()
     if empty or df.empty:
         problem = f"no text in rows {empty[:3]}" if empty else "no messages"
@@ -200,6 +213,17 @@ def unfreeze_last_block(model):
 # 6.6 Loss and accuracy
 
 
+def class_logits(input_batch, target_batch, model, device):
+    """Return the last token's logits (B, C), inputs (B, T); ValueError for targets (B,) of C or more."""
+    logits = model(input_batch.to(device))[:, -1, :]  # (B, C)
+    if target_batch.max() >= logits.shape[1]:
+        raise ValueError(
+            f"label {target_batch.max()}, but the head has {logits.shape[1]} classes: "
+            "use add_classification_head with num_classes"
+        )
+    return logits
+
+
 def calc_accuracy_loader(data_loader, model, device, num_batches=None):
     """Return the fraction of correct predictions in the first `num_batches` batches (None: all).
 
@@ -210,7 +234,7 @@ def calc_accuracy_loader(data_loader, model, device, num_batches=None):
     correct, examples = 0, 0
     for input_batch, target_batch in islice(data_loader, num_batches):
         with torch.no_grad():
-            logits = model(input_batch.to(device))[:, -1, :]  # (B, C)
+            logits = class_logits(input_batch, target_batch, model, device)
         hits = logits.argmax(dim=-1) == target_batch.to(device)
         correct += hits.sum().item()
         examples += len(target_batch)
@@ -219,7 +243,7 @@ def calc_accuracy_loader(data_loader, model, device, num_batches=None):
 
 def calc_loss_batch(input_batch, target_batch, model, device):
     """Return the last token's mean cross-entropy, inputs (B, T), targets (B,): a tensor with a gradient."""
-    logits = model(input_batch.to(device))[:, -1, :]  # (B, C)
+    logits = class_logits(input_batch, target_batch, model, device)
     return nn.functional.cross_entropy(logits, target_batch.to(device))
 
 
@@ -248,8 +272,10 @@ def train_classifier_simple(
 
     Both are measured on `eval_iter` batches. `tokenizer` is accepted for listing E.7 and not used.
     `progress=False` (or the variable TQDM_DISABLE=1) hides the bar. Returns (train_losses, val_losses,
-    train_accs, val_accs, examples_seen), the last one a number. Source: section 6.7.
+    train_accs, val_accs, examples_seen), the last one a number. Raises ValueError as
+    `ch05.train_model_simple` does. Source: section 6.7.
     """
+    ch05.check_training(train_loader, val_loader, eval_freq, eval_iter)
     train_losses, val_losses, train_accs, val_accs = [], [], [], []
     examples_seen, global_step = 0, -1
     for epoch in range(num_epochs):
@@ -258,6 +284,7 @@ def train_classifier_simple(
         for input_batch, target_batch in batches:
             optimizer.zero_grad()
             loss = calc_loss_batch(input_batch, target_batch, model, device)
+            ch05.check_divergence([loss], steps=global_step + 1)
             loss.backward()
             optimizer.step()
             examples_seen += len(input_batch)
@@ -272,6 +299,7 @@ def train_classifier_simple(
                     f"Ep {epoch + 1} (Step {global_step:06d}): "
                     f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}"
                 )
+        ch05.check_divergence(model.parameters(), steps=global_step + 1)
         train_acc, val_acc = (
             calc_accuracy_loader(loader, model, device, eval_iter)
             for loader in (train_loader, val_loader)
@@ -298,47 +326,26 @@ def plot_values(
 
 
 def classify_review(
-    text, model, tokenizer, device, max_length=None, pad_token_id=50256
+    text, model, tokenizer, device, max_length=None, pad_token_id=50256,
+    classes=("not spam", "spam"),
 ):
-    """Return "spam" or "not spam" for one text, read at the last position as in training.
+    """Return the likeliest of `classes` for one text, read at the last position as in training.
 
-    The text is padded or cut to `max_length` (the training's) but never exceeds the model's context;
-    None does not pad. Raises ValueError for an empty text. Source: section 6.8.
+    The text is padded or cut to `max_length` (the training's) but never exceeds the model's context; None,
+    for a classifier trained without padding, reads its last token. Raises ValueError for an empty text and
+    for a head of another number of classes. Source: section 6.8.
     """
+    check_max_length(max_length)
     model.eval()
     context_length = model.pos_emb.weight.shape[0]
     input_ids = encode_message(text, tokenizer)
     length = min(max_length or len(input_ids), context_length)
     input_ids = cut_or_pad(input_ids, length, pad_token_id)
     with torch.no_grad():
-        logits = model(torch.tensor([input_ids], device=device))[:, -1, :]
-    return "spam" if logits.argmax(dim=-1).item() == 1 else "not spam"
-
-
-def save_classifier(path, model, config, max_length):
-    """Write the classifier with its `config` and the `max_length` to which its messages were padded.
-
-    Raises ValueError for a language model or a model whose LoRA layers are not merged.
-    """
-    names = model.state_dict().keys()
-    if "out_head.bias" not in names or any(".lora." in n for n in names):
+        logits = model(torch.tensor([input_ids], device=device))[0, -1]  # (C,)
+    if len(logits) != len(classes):
         raise ValueError(
-            "not a plain classifier: call add_classification_head, "
-            "or merge the LoRA layers first"
+            f"the head has {len(logits)} classes, not {len(classes)}: "
+            "name them with classes="
         )
-    ch05.save_checkpoint(path, model, config, max_length=max_length)
-
-
-def load_classifier(path, device="cpu"):
-    """Return (model, max_length) that `save_classifier` wrote; the model is in eval mode on `device`.
-
-    Raises FileNotFoundError if the file is missing, ValueError if it is not a classifier's.
-    """
-    checkpoint = ch05.read_checkpoint(path, device)
-    if "max_length" not in checkpoint:
-        raise ValueError(f"{path} is no classifier: use ch05.load_checkpoint")
-    state = checkpoint["model"]
-    model = GPTModel(checkpoint["config"])
-    add_classification_head(model, num_classes=len(state["out_head.bias"]))
-    model.load_state_dict(state)
-    return model.to(device).eval(), checkpoint["max_length"]
+    return classes[logits.argmax().item()]

@@ -13,8 +13,8 @@ LORA = ("appendix-E/lora/layers", "appendix-E/lora/adapters", "appendix-E/lora/p
 SPAM = ("appendix-E/spam_classifier/evaluation", "appendix-E/spam_classifier/experiments")
 MIRRORS = {  # notebook: the modules whose definitions it shows
     "ch04/ch04": ("ch04/ch04",),
-    "ch05/ch05": ("ch05/ch05",),
-    "ch06/ch06": ("ch06/ch06",),
+    "ch05/ch05": ("ch05/ch05", "ch05/gpt_checkpoint"),
+    "ch06/ch06": ("ch06/ch06", "ch05/gpt_checkpoint"),
     "appendix-E/appendix-E": ("appendix-E/appendix_e",),
     "appendix-E/topics/inside-lora": ("appendix-E/topics/inside_lora", *LORA),
     "appendix-E/topics/what-lora-buys": ("appendix-E/topics/what_lora_buys", *SPAM),
