@@ -114,9 +114,10 @@ def test_an_adapter_of_version_1_with_one_level_of_settings_is_read():
 
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("change", [
-    {"model_size": None}, {"model_size": 7}, {"model_size": ["tiny"]}, {"assets": None},
-    {"assets": "embedded"}, {"assets": {"model": "embedded"}}, {"assets": {"model": "embedded", "data": "mine"}},
-    {"settings": None}, {"settings": {}}, {"settings": []}, {"settings": {"seed": -1}}, {"settings": {"training": {"seed": "a"}}},
+    {"model_size": None}, {"model_size": 7}, {"model_size": ["tiny"]},
+    {"assets": None}, {"assets": "embedded"}, {"assets": {"model": "embedded"}},
+    {"assets": {"model": "embedded", "data": "mine"}}, {"settings": None}, {"settings": {}}, {"settings": []},
+    {"settings": {"seed": -1}}, {"settings": {"training": {"seed": "a"}}},
     {"pad_to": "all"}, {"pad_to": 1.5},
 ], ids=str)
 def test_an_adapter_whose_notes_do_not_name_its_training_is_refused(change):
