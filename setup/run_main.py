@@ -15,10 +15,10 @@ from make_environment import MAIN, REPOSITORY, run
 
 
 @command
-def main(arguments=None):
+def main(_):
     chosen = os.environ.get("LLM_ASSETS", "").strip()
     default = [] if chosen else ["--assets", "embedded"]  # the arguments' own --assets, which is later, wins
-    run(MAIN, REPOSITORY / "appendix-E" / "finetune_spam.py", *default, *(arguments or sys.argv[1:]))
+    run(MAIN, REPOSITORY / "appendix-E" / "finetune_spam.py", *default, *sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from make_environment import ALL, REPOSITORY, run
 
 
 @command
-def main(arguments=None):
-    run(ALL, "-m", "jupyter", "lab", *(arguments or sys.argv[1:]), folder=REPOSITORY)
+def main(_):
+    run(ALL, "-m", "jupyter", "lab", *sys.argv[1:], folder=REPOSITORY)
 
 
 if __name__ == "__main__":

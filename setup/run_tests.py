@@ -14,8 +14,8 @@ from make_environment import ALL, REPOSITORY, run
 
 
 @command
-def main(arguments=None):
-    run(ALL, "-m", "pytest", *(arguments or sys.argv[1:]), folder=REPOSITORY)
+def main(_):
+    run(ALL, "-m", "pytest", *sys.argv[1:], folder=REPOSITORY)
 
 
 if __name__ == "__main__":

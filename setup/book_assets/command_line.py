@@ -71,12 +71,12 @@ if script and REPOSITORY in Path(script).resolve().parents:  # not in a reader's
     sys.excepthook = end_with_a_line
 
 
-def add_assets_flag(parser):
-    """Give the argparse `parser` the flag --assets, a `Choice`; None, its default, means `choose_assets`."""
+def add_assets_flag(parser, default="book"):
+    """Give the argparse `parser` the flag --assets, a `Choice`; None means `choose_assets(default)`."""
     parser.add_argument(
         "--assets", type=Choice.parse, metavar="WHICH",
         help="model and data: book (downloaded), embedded (in this repository), or for example "
-        "model=embedded,data=book (default: the variable LLM_ASSETS, else book)",
+        f"model=embedded,data=book (default: the variable LLM_ASSETS, else {default})",
     )
 
 
