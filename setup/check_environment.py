@@ -14,11 +14,13 @@ try:
 except ModuleNotFoundError:  # a new environment has it only inside pip
     from pip._vendor.packaging.requirements import Requirement
 
+from book_assets.command_line import command
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUR_MODULES = (
-    "ch04", "ch05", "gpt_download", "ch06", "appendix_e", "lora", "fast_path", "spam_classifier",
-    "lora_in_practice",
-)
+    "ch04", "ch05", "gpt_download", "ch06", "appendix_e", "finetune_spam", "lora_in_practice",
+    "topics.inside_lora", "topics.what_lora_buys", "fetch_assets",
+)  # and, through these, book_assets, fast_path, lora and spam_classifier
 
 
 def read_requirements(path=REPOSITORY / "requirements.txt"):
@@ -55,8 +57,11 @@ def check_our_modules():
     """Return whether the repository's modules can be imported, and a line that says so."""
     try:
         modules = [import_module(name) for name in OUR_MODULES]
-    except ImportError as error:
-        return False, f"this repository: {error}; run \"pip install -e .\" in its root"
+    except Exception as error:  # a broken package raises anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        missing = getattr(error, "name", None) in OUR_MODULES
+        remedy = 'run "pip install -e ." in its root' if missing else "install that package again"
+        return False, f"this repository: {reason}; {remedy}"
     return True, f"this repository: all modules can be imported; device: {modules[0].pick_device()}"
 
 
@@ -65,7 +70,8 @@ def run_checks():
     return [check_python(), *map(check_package, read_requirements()), check_our_modules()]
 
 
-def main():
+@command
+def main(arguments=None):
     print(platform.system(), platform.machine())
     checks = run_checks()
     for right, line in checks:

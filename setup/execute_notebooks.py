@@ -2,7 +2,8 @@
 
     python setup/execute_notebooks.py --assets model=embedded,data=book ch06/ch06.ipynb
 
-A notebook runs in its own folder, as in Jupyter. It is written only if every cell ran without an error.
+A notebook runs in its own folder, as in Jupyter, with its full training runs. It is written only if every
+cell ran without an error.
 """
 
 import argparse
@@ -10,19 +11,46 @@ import os
 import time
 from pathlib import Path
 
+from book_assets.command_line import add_assets_flag, command
+
+# isort: split
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from book_assets.files import replacing
+from book_assets import choose_assets
+from book_assets.files import check_outputs, replacing
+
+ASSETS = "model=embedded,data=book"
+
+
+def read_notebook(path):
+    """Return the notebook at `path`. Raises OSError if it cannot be read, ValueError if it is none."""
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    except OSError:
+        raise
+    except Exception as error:  # JSON of any kind may be in the file
+        raise ValueError(f"{path} is not a notebook ({type(error).__name__}): name an .ipynb file") from error
+    return notebook
 
 
 def execute(path):
-    """Run the notebook at `path` and write it back, with no metadata but the kernel and the cells' tags."""
-    notebook = nbformat.read(path, as_version=4)
+    """Run the notebook at `path` and write it back, with no metadata but the kernel and the cells' tags.
+
+    Raises ValueError if a cell fails; the file then is as before.
+    """
+    notebook = read_notebook(path)
     folder = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(
-        notebook, timeout=None, kernel_name="python3", coalesce_streams=True, resources=folder
-    ).execute()
+    try:
+        NotebookClient(
+            notebook, timeout=None, kernel_name="python3", coalesce_streams=True, resources=folder
+        ).execute()
+    except (CellExecutionError, DeadKernelError) as error:
+        raise ValueError(f"{path}: {describe_failure(notebook, error)}; it was not changed") from error
+    except AssertionError as error:  # nbclient's, after Ctrl-C has ended the kernel
+        raise KeyboardInterrupt from error
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -33,16 +61,33 @@ def execute(path):
         nbformat.write(notebook, partial)
 
 
-def main():
+def describe_failure(notebook, error):
+    """Return the number of the cell that failed, counted as Jupyter does, with the last line of its error."""
+    count = max(cell.execution_count or 0 for cell in notebook.cells if cell.cell_type == "code")
+    if isinstance(error, DeadKernelError):
+        return f"Python ended during cell [{count}]; the memory may not have been enough"
+    last_line = (error.evalue.strip().splitlines() or [""])[-1]
+    return f"cell [{count}]: {error.ename}: {last_line}"
+
+
+@command
+def main(arguments=None):
+    """Run the command, see --help."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("notebooks", nargs="+", type=Path)
-    parser.add_argument("--assets", default="model=embedded,data=book", help="see DOWNLOADS.md")
-    args = parser.parse_args()
-    os.environ |= {"LLM_ASSETS": args.assets, "TQDM_DISABLE": "1"}
-    for path in args.notebooks:
+    add_assets_flag(parser, default=ASSETS)
+    args = parser.parse_args(arguments)
+    choice = args.assets or choose_assets(ASSETS)
+    paths = [path.resolve() for path in args.notebooks]
+    for path in paths:
+        read_notebook(path)
+    check_outputs(*paths)
+    assets = f"model={choice.model},data={choice.data}"
+    os.environ |= {"LLM_ASSETS": assets, "NOTEBOOK_QUICK": "", "TQDM_DISABLE": "1"}
+    for path in paths:
         start = time.perf_counter()
-        execute(path.resolve())
-        print(f"{path}: {time.perf_counter() - start:.0f} s", flush=True)
+        execute(path)
+        print(f"{path}: {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 from book_assets import in_cache
+from book_assets.command_line import command  # first: it explains an import that fails
 from book_assets.downloads import DownloadError, fetch
-from book_assets.files import replacing
+from book_assets.files import check_outputs, replacing
 from book_assets.table import ASSETS, EMBEDDED_MODEL, VOCABULARY
 
 
@@ -24,16 +24,17 @@ def fill_tiktoken_cache():
     """Copy the embedded vocabulary into tiktoken's cache, so that it does not download it; return the folder.
 
     By tiktoken's rules that is TIKTOKEN_CACHE_DIR, else DATA_GYM_CACHE_DIR, else a folder in the system's
-    temporary one, and a file's name is the SHA-1 of its URL. Raises ValueError if the cache is turned off.
+    temporary one, and a file's name is the SHA-1 of its URL. Raises ValueError if the cache is turned off
+    or cannot be written.
     """
     chosen = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     if chosen == "":
         raise ValueError("an empty TIKTOKEN_CACHE_DIR turns tiktoken's cache off: unset it or name a folder")
     folder = Path(chosen) if chosen else Path(tempfile.gettempdir()) / "data-gym-cache"
-    folder.mkdir(parents=True, exist_ok=True)
     for file in VOCABULARY:
-        name = hashlib.sha1(ASSETS[f"gpt2-bpe/{file}"].sources[0].encode()).hexdigest()
-        with replacing(folder / name) as partial:
+        target = folder / hashlib.sha1(ASSETS[f"gpt2-bpe/{file}"].sources[0].encode()).hexdigest()
+        check_outputs(target)
+        with replacing(target) as partial:
             shutil.copyfile(EMBEDDED_MODEL / file, partial)
     return folder
 
@@ -57,7 +58,7 @@ def find_assets(names):
             groups = sorted({re.sub(r"/[^/]*$", "", asset) for asset in ASSETS})
             raise ValueError(f"no asset {name!r}: use a name from `list`, or {', '.join(groups)}")
         found += matches
-    return found
+    return [*dict.fromkeys(found)]
 
 
 def list_assets(base):
@@ -71,7 +72,7 @@ def list_assets(base):
 
 
 def fetch_assets(assets, base):
-    """Fetch all assets; return the error messages of those that failed."""
+    """Fetch all assets, the rest also when one fails; then raise DownloadError with the reports."""
     failures = []
     for asset in assets:
         try:
@@ -79,33 +80,54 @@ def fetch_assets(assets, base):
             print(f"{asset.name}: {path} ({format_size(path.stat().st_size)})")
         except DownloadError as error:
             failures.append(str(error))
-    return failures
+    if failures:
+        raise DownloadError("\n\n".join(failures))
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=("list", "fetch", "tiktoken"))
-    parser.add_argument("names", nargs="*", help="assets, or groups of them, such as gpt2/124M")
-    parser.add_argument("--all", action="store_true", help="fetch everything in the table (about 23 GB)")
-    parser.add_argument("--folder", default=in_cache("."), help="default: LLM_CACHE_DIR, else this folder")
-    args = parser.parse_args(arguments)
-    if args.command == "tiktoken":
-        print(f"tiktoken finds GPT-2's vocabulary in {fill_tiktoken_cache()}")
-        return
-    base = Path(args.folder).absolute()
+def list_command(folder):
+    """List every file: present or missing, its size, whether its hash is pinned, its licence."""
+    print(f"folder {folder.absolute()}")
+    list_assets(folder.absolute())
+
+
+def fetch_command(folder, names, everything):
+    """Download files in advance."""
+    if bool(names) == everything:
+        raise ValueError("give either the names of assets or --all")
+    assets = list(ASSETS.values()) if everything else find_assets(names)
+    base = folder.absolute()
     print(f"folder {base}")
-    if args.command == "list":
-        return list_assets(base)
-    try:
-        assets = list(ASSETS.values()) if args.all else find_assets(args.names)
-    except ValueError as error:
-        parser.error(str(error))
-    if not assets:
-        parser.error("give the names of assets, or --all")
     if not os.environ.get("LLM_CACHE_DIR"):
         print(f"Notebooks look in their own folder; for this one, set LLM_CACHE_DIR={base}")
-    if failures := fetch_assets(assets, base):
-        sys.exit("\n\n".join(failures))
+    fetch_assets(assets, base)
+
+
+def tiktoken_command():
+    """Copy GPT-2's vocabulary into tiktoken's cache, so that it needs no network."""
+    print(f"tiktoken finds GPT-2's vocabulary in {fill_tiktoken_cache()}")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, function in (("list", list_command), ("fetch", fetch_command), ("tiktoken", tiktoken_command)):
+        sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        sub.set_defaults(command=function)
+    for name in ("list", "fetch"):
+        commands.choices[name].add_argument(
+            "--folder", type=Path, default=in_cache("."), help="default: LLM_CACHE_DIR, else this folder"
+        )
+    sub = commands.choices["fetch"]
+    sub.add_argument("names", nargs="*", help="assets, or groups of them, such as gpt2/124M")
+    sub.add_argument("--all", action="store_true", dest="everything", help="the whole table (about 23 GB)")
+    return parser
+
+
+@command
+def main(arguments=None):
+    """Run one command, see --help."""
+    options = vars(build_parser().parse_args(arguments))
+    options.pop("command")(**options)
 
 
 if __name__ == "__main__":

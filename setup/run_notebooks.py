@@ -1,11 +1,18 @@
-"""Create the environment, then open the notebooks in JupyterLab. Arguments go to JupyterLab.
+"""Create the environment, then open the repository in JupyterLab. Arguments go to JupyterLab.
 
     python setup/run_notebooks.py
 """
 
 import sys
 
-import make_environment
+from book_assets.command_line import command
+from make_environment import ALL, REPOSITORY, run
+
+
+@command
+def main(_):
+    run(ALL, "-m", "jupyter", "lab", *sys.argv[1:], folder=REPOSITORY)
+
 
 if __name__ == "__main__":
-    sys.exit(make_environment.run(make_environment.ALL, "-m", "jupyter", "lab", *sys.argv[1:]))
+    main()

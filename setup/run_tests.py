@@ -3,11 +3,20 @@
     python setup/run_tests.py                  # all tests except the slow ones
     python setup/run_tests.py --slow           # all tests
     python setup/run_tests.py tests/chapters/test_ch04.py -k cache
+
+It runs in the repository's root: paths in its arguments start there.
 """
 
 import sys
 
-import make_environment
+from book_assets.command_line import command
+from make_environment import ALL, REPOSITORY, run
+
+
+@command
+def main(_):
+    run(ALL, "-m", "pytest", *sys.argv[1:], folder=REPOSITORY)
+
 
 if __name__ == "__main__":
-    sys.exit(make_environment.run(make_environment.ALL, "-m", "pytest", *sys.argv[1:]))
+    main()

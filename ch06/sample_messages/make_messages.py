@@ -14,8 +14,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+from book_assets.command_line import command
+
+# isort: split
 import pandas as pd
 
+from book_assets.files import check_outputs, write_whole
 from ch06 import create_balanced_dataset, random_split
 
 FOLDER = Path(__file__).resolve().parent
@@ -277,12 +281,15 @@ def format_tsv(messages):
     return "".join(f"{message.label}\t{message.text}\n" for message in messages)
 
 
-def main():
+@command
+def main(arguments=None):
+    """Run the command, see --help."""
     parser = argparse.ArgumentParser(description="Write the sample messages of chapter 6.")
-    parser.add_argument("--output", type=Path, default=MESSAGES)
-    output = parser.parse_args().output
+    parser.add_argument("--output", type=Path, default=MESSAGES, help="default: %(default)s")
+    output = parser.parse_args(arguments).output
+    check_outputs(output)
     messages = make_messages()
-    output.write_bytes(format_tsv(messages).encode("utf-8"))
+    write_whole(output, format_tsv(messages))
     print(f"{len(messages)} messages written to {output}")
 
 

@@ -7,6 +7,7 @@
 import io
 import json
 import os
+import re
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from itertools import product
@@ -44,12 +45,13 @@ class Choice:
         for model, data in product(MODELS, DATA):
             choice = cls(model, data)
             known |= {f"model={model},data={data}": choice, f"data={data},model={model}": choice}
-        if text.replace(" ", "") not in known:
+        words = re.sub(r"\s*([=,])\s*", r"\1", text.strip())
+        if words not in known:
             raise AssetsError(
                 f"{text!r} is not a choice of assets: use book, embedded, or model=WORD,data=WORD "
                 "with one of these two words for each"
             )
-        return known[text.replace(" ", "")]
+        return known[words]
 
     def model_size(self, size="124M"):
         """Return the size of GPT-2 to load: "tiny" if the embedded model is chosen, else `size`.
@@ -88,9 +90,12 @@ def is_quick():
 
 
 def in_cache(path):
-    """Return `path`, placed under LLM_CACHE_DIR if that variable is set and `path` is relative."""
+    """Return `path`, placed under LLM_CACHE_DIR if that variable is set and `path` is relative.
+
+    In it, ~ and ~name stand for a home folder; one that does not exist is taken as an ordinary name.
+    """
     cache = os.environ.get("LLM_CACHE_DIR")
-    return Path(cache).expanduser().absolute() / path if cache else Path(path)
+    return Path(os.path.expanduser(cache)).absolute() / path if cache else Path(path)
 
 
 # The tokenizer
@@ -103,16 +108,18 @@ def get_tokenizer(folder=EMBEDDED_MODEL):
     """Return GPT-2's tokenizer, made from vocab.bpe and encoder.json in `folder` without network access.
 
     It encodes as `tiktoken.get_encoding("gpt2")` does. Raises FileNotFoundError if a file is missing,
-    ValueError if the two do not belong together.
+    ValueError if the two do not belong together or are not GPT-2's.
     """
     import tiktoken
 
     ids = json.loads((Path(folder) / "encoder.json").read_text(encoding="utf-8"))
     merges = (Path(folder) / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    byte_of = printable_bytes()
+    if not isinstance(ids, dict) or END_OF_TEXT not in ids or not set().union(*ids) <= byte_of.keys():
+        raise ValueError(f"encoder.json in {folder} is not GPT-2's: fetch it again")
     if any(ids.get(merge.replace(" ", "")) != 256 + rank for rank, merge in enumerate(merges)):
         raise ValueError(f"vocab.bpe and encoder.json in {folder} do not belong together: fetch both again")
     end_of_text = ids.pop(END_OF_TEXT)
-    byte_of = printable_bytes()
     ranks = {bytes(byte_of[char] for char in token): rank for token, rank in ids.items()}
     return tiktoken.Encoding(
         "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_of_text}

@@ -3,29 +3,28 @@
     @command
     def main(arguments=None): …
 
-A script imports this module first: it says which packages are missing before any of them is imported.
+A script of this repository imports this module first: then a missing or broken package, and Ctrl-C while
+the packages are imported, also end it with one line. It needs the standard library alone.
 """
 
 import functools
 import io
 import os
+import re
 import sys
-from importlib.util import find_spec
+from pathlib import Path
 
 from book_assets import Choice
-from book_assets.downloads import DownloadError
+from book_assets.table import REPOSITORY
 
-PACKAGES = ("torch", "numpy", "pandas", "matplotlib", "tiktoken", "tqdm", "safetensors")
-USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, DownloadError)  # their messages explain them
-
-if missing := [name for name in PACKAGES if find_spec(name) is None]:
-    raise ModuleNotFoundError(f"missing packages: {', '.join(missing)}")
+USER_ERRORS = (ValueError, OSError, ImportError, MemoryError)  # their messages say what to do
+OUT_OF_MEMORY = re.compile("(out of|not enough|allocate) memory|overflow", re.IGNORECASE)
 
 
 def command(main):
     """Return `main(arguments=None)` as a command: a user's error ends it with one line and exit code 1.
 
-    Every other exception is a fault of the program and keeps its traceback.
+    Ctrl-C ends it with exit code 130. Any other exception is a fault of the program and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -33,11 +32,12 @@ def command(main):
         use_utf8()
         try:
             result = main(arguments)
+            sys.stdout.flush()
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)  # what a shell reports for it
         except (*USER_ERRORS, RuntimeError) as error:
-            if not isinstance(error, USER_ERRORS) and "memory" not in str(error):
+            if not isinstance(error, USER_ERRORS) and not OUT_OF_MEMORY.search(str(error)):
                 raise
             sys.exit(f"error: {explain(error)}")
         if lost := getattr(sys.stdout, "lost", None):
@@ -49,17 +49,34 @@ def command(main):
 
 def explain(error):
     """Return the message of a user's error; torch's and Python's own say too little about memory."""
-    if isinstance(error, (RuntimeError, MemoryError)) and not isinstance(error, DownloadError):
+    if isinstance(error, (RuntimeError, MemoryError)):
         return "not enough memory: take a smaller rank, batch or model"
-    return str(error)
+    if isinstance(error, ImportError) and error.name:  # from Python, not from us
+        return f"{error}: python setup/check_environment.py says what to install"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
-def add_assets_flag(parser):
-    """Give the argparse `parser` the flag --assets, a `Choice`; None, its default, means `choose_assets`."""
+def end_with_a_line(kind, error, traceback):
+    """Report an error that comes before the command has started; meant for sys.excepthook."""
+    if not issubclass(kind, (ImportError, OSError, KeyboardInterrupt)):
+        return sys.__excepthook__(kind, error, traceback)
+    use_utf8()
+    print("interrupted" if kind is KeyboardInterrupt else f"error: {explain(error)}", file=sys.stderr)
+
+
+script = getattr(sys.modules["__main__"], "__file__", None)
+if script and REPOSITORY in Path(script).resolve().parents:  # not in a reader's own program
+    sys.excepthook = end_with_a_line
+
+
+def add_assets_flag(parser, default="book"):
+    """Give the argparse `parser` the flag --assets, a `Choice`; None means `choose_assets(default)`."""
     parser.add_argument(
         "--assets", type=Choice.parse, metavar="WHICH",
         help="model and data: book (downloaded), embedded (in this repository), or for example "
-        "model=embedded,data=book (default: the variable LLM_ASSETS, else book)",
+        f"model=embedded,data=book (default: the variable LLM_ASSETS, else {default})",
     )
 
 
@@ -89,7 +106,7 @@ class Output(io.TextIOWrapper):
     def drop(self, error):
         """Send this output, and what is still in its buffers, to nowhere."""
         if not isinstance(error, BrokenPipeError):
-            self.lost = error
+            self.lost = self.lost or error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)
@@ -105,7 +122,7 @@ def use_utf8():
         if stream is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
         elif stream is getattr(sys, f"__{name}__") and mode == "r":
-            stream.reconfigure(encoding="utf-8-sig")  # Windows' editors and pipes begin with a mark
+            stream.reconfigure(encoding="utf-8-sig", newline=None)  # as Windows' editors and pipes write
         elif stream is getattr(sys, f"__{name}__"):
             options = {"encoding": "utf-8", "errors": "backslashreplace", "line_buffering": True}
             setattr(sys, name, Output(stream.buffer, **options))
@@ -114,6 +131,9 @@ def use_utf8():
 def read_lines():
     """Return the lines of standard input. Raises ValueError for another encoding than UTF-8."""
     try:
-        return sys.stdin.read().splitlines()
+        text = sys.stdin.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is not UTF-8 ({error.reason}): convert it first") from error
+    if "\0" in text:
+        raise ValueError("standard input is not UTF-8 text (it has null characters): convert it first")
+    return text.removesuffix("\n").split("\n") if text else []

@@ -24,7 +24,7 @@ from book_assets.transfer import LOGIN_PAGE, RETRY, Rejected, Transfer
 SPAM_SHA256 = ASSETS["sms-spam"].member.sha256
 
 
-class DownloadError(RuntimeError):
+class DownloadError(OSError):
     """A file could not be downloaded. The message says why, for each source, and what the reader can do."""
 
 
@@ -163,9 +163,11 @@ def file_conflict(path, reason):
 
 @contextmanager
 def os_errors_explained(path):
-    """Raise a DownloadError that says what to do in place of an OSError."""
+    """Raise a DownloadError that says what to do in place of another OSError."""
     try:
         yield
+    except DownloadError:
+        raise
     except OSError as error:
         raise DownloadError(
             f"{path.absolute()} could not be written: {error}. Free some space, or choose another folder, "

@@ -1,7 +1,8 @@
 """Files that a reader's work depends on: checked before the work, replaced whole, appended under a lock."""
 
 import os
-from contextlib import contextmanager
+import stat
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,7 +15,7 @@ class OutputError(ValueError):
 
 def partial_path(path):
     """Return a path beside `path` that nobody else uses, for its unfinished content."""
-    return path.with_name(f"{path.name[:100]}.{uuid4().hex[:12]}.partial")
+    return path.with_name(f"{path.name[:50]}.{uuid4().hex[:12]}.partial")  # at most 255 bytes
 
 
 @contextmanager
@@ -55,11 +56,19 @@ def check_outputs(*paths):
     for path in map(Path, paths):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise IsADirectoryError("it is a folder")
+            check_present(path)
             probe = partial_path(path)
             probe.touch()
             probe.unlink()
         except (OSError, ValueError) as error:  # ValueError: a null character in the name
             reason = getattr(error, "strerror", None) or error
             raise OutputError(f"{path} cannot be written ({reason}): choose another place") from error
+
+
+def check_present(path):
+    """Raise OSError if what is at `path` is no ordinary file, or write-protected, or its name is too long."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError("a folder or device is there")
+        if not os.access(path, os.W_OK):
+            raise PermissionError("the file there is write-protected")

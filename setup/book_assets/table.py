@@ -1,5 +1,7 @@
 """Every download of the book's code, and the paths of the embedded model and texts."""
 
+from __future__ import annotations  # the set-up commands run on any Python 3, to say which one is needed
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +62,8 @@ CHECKPOINTS = {  # size in bytes and SHA-256 of each file, None if not known
         "model.ckpt.meta": (926519, None),
     },
 }
-CHECKPOINTS |= {size: dict.fromkeys(CHECKPOINTS["124M"], (None, None)) for size in ("774M", "1558M")}
+for size in ("774M", "1558M"):
+    CHECKPOINTS[size] = dict.fromkeys(CHECKPOINTS["124M"], (None, None))
 SAFETENSORS = {  # repository and revision, size in bytes, SHA-256
     "124M": (
         "gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e", 548105171,
@@ -75,7 +78,7 @@ SAFETENSORS = {  # repository and revision, size in bytes, SHA-256
 def gpt2_assets(model_size):
     """Yield the files of one size of GPT-2: OpenAI's checkpoint and vocabulary, Hugging Face's weights."""
     folder = f"gpt2/{model_size}"
-    for file, (size, sha256) in (CHECKPOINTS[model_size] | VOCABULARY).items():
+    for file, (size, sha256) in {**CHECKPOINTS[model_size], **VOCABULARY}.items():
         sources = [f"{OPENAI}/models/{model_size}/{file}", f"{MIRROR}/gpt2/{model_size}/{file}"]
         if file in VOCABULARY and model_size != "124M":
             sources.append(f"{OPENAI}/models/124M/{file}")
