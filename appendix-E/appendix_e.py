@@ -83,21 +83,14 @@ class LinearWithLoRA(nn.Module):
     `options` are LoRALayer's keywords; unless these say otherwise, A and B are on the linear's device,
     in float32, or in float64 if the linear is. `weight`, for code that reads it instead of calling the
     layer, is W + scale · (A B)ᵀ, (out_features, in_features), in W's dtype; a parameter assigned to it,
-    as tying does, becomes W. Raises ValueError for dropout in the output layer of torch's attention,
-    which reads the weight. Source: listing E.6.
+    as tying does, becomes W. Source: listing E.6.
     """
 
     def __init__(self, linear, rank, alpha, **options):
         super().__init__()
-        read = nn.modules.linear.NonDynamicallyQuantizableLinear
-        if options.get("dropout") and isinstance(linear, read):
-            raise ValueError(
-                "dropout cannot act in out_proj of torch's MultiheadAttention, which reads "
-                "the weight: use dropout=0, or leave out_proj out"
-            )
         self.linear = linear
         self.in_features, self.out_features = self.sizes()
-        wide = torch.promote_types(linear.weight.dtype, torch.float32)  # trains A, B
+        wide = torch.promote_types(linear.weight.dtype, torch.float32)
         like = {"device": linear.weight.device, "dtype": wide}
         self.lora = LoRALayer(*self.sizes(), rank, alpha, **{**like, **options})
         self.train(linear.training)
@@ -117,14 +110,15 @@ class LinearWithLoRA(nn.Module):
         wide = torch.promote_types(self.lora.A.dtype, torch.float32)
         update = self.update(wide)
         if base.shape != update.shape:
-            raise ValueError("this layer was resized since it has LoRA: resize the model first")
+            raise ValueError("resized after LoRA was added: resize the model first")
         return (base + update).to(base.dtype)
 
     @property
     def bias(self):
         return self.linear.bias
 
-    def register_parameter(self, name, parameter):  # layer.weight = parameter
+    def register_parameter(self, name, parameter):
+        """Give the base layer a new weight or bias: torch calls this for layer.weight = parameter."""
         self.linear.register_parameter(name, parameter)
 
     def forward(self, x):
@@ -163,7 +157,7 @@ def replace_linear_with_lora(model, rank, alpha, *, select=is_linear, **options)
             "use a model that has some, or a wider select"
         )
     layers = dict.fromkeys(linear for _, _, linear in places)  # a shared layer once
-    check_layers(layers, rank)
+    check_layers(layers, rank, options.get("dropout"))
     for linear in layers:
         layers[linear] = LinearWithLoRA(linear, rank, alpha, **options)
     for parent, name, linear in places:
@@ -172,14 +166,24 @@ def replace_linear_with_lora(model, rank, alpha, *, select=is_linear, **options)
         warn_of_the_rest(model)
 
 
-def check_layers(layers, rank):
-    """Raise ValueError if a layer has no weight yet, or `rank` is above every dimension of `layers`."""
+def check_layers(layers, rank, dropout):
+    """Raise ValueError for options that cannot work in `layers`.
+
+    A lazy layer has no size yet; a rank above every size is a mistake that could take all memory; dropout
+    would not act in out_proj of torch's MultiheadAttention, whose weight is read.
+    """
+    read = nn.modules.linear.NonDynamicallyQuantizableLinear
     weights = [layer.weight for layer in layers]
     if any(nn.parameter.is_lazy(weight) for weight in weights):
-        raise ValueError("a lazy Linear has no size yet: run the model once, then adapt it")
+        raise ValueError("a lazy Linear has no size yet: run the model once first")
     widest = max((size for weight in weights for size in weight.shape), default=rank)
     if is_number(rank) and rank > widest:
-        raise ValueError(f"rank {rank} is above every size of these layers: use at most {widest}")
+        raise ValueError(f"rank {rank} is above all sizes here: use at most {widest}")
+    if dropout and any(isinstance(layer, read) for layer in layers):
+        raise ValueError(
+            "dropout cannot act in out_proj of torch's MultiheadAttention, which "
+            "reads the weight: use dropout=0, or leave out_proj out"
+        )
 
 
 def warn_of_the_rest(model, trained=()):

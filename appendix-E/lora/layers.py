@@ -74,7 +74,7 @@ def matches(name, target):
 def is_conv1d(module):
     """Return whether `module` is Hugging Face's Conv1D, a linear layer whose weight is (in, out = nf)."""
     width, weight = getattr(module, "nf", None), module._parameters.get("weight")
-    return isinstance(width, int) and weight is not None and weight.shape[1:] == (width,)
+    return None not in (width, weight) and weight.shape[1:] == (width,)
 
 
 def find_layers(model, targets="all"):
@@ -187,8 +187,8 @@ def apply_lora(
     layers = [*find_layers(model, targets).values()]
     layers = [layer for layer in layers if layer not in inside]
     if not layers:
-        raise ValueError("nothing is left for LoRA: name targets that are not in train_in_full")
-    check_layers(layers, rank)
+        raise ValueError("nothing is left for LoRA: add targets not in train_in_full")
+    check_layers(layers, rank, dropout)
     options = {"scaling": scaling, "dropout": dropout, "init": init}
     new = {old: with_lora(old, rank, alpha, **options) for old in layers}
     freeze(model)
@@ -203,22 +203,22 @@ def apply_lora(
 def check_full(model, full):
     """Return the set of all modules inside those of `full`, {name: module to train in full}.
 
-    Raises ValueError if a weight of theirs is also another module's, and for a layer in half precision
-    that `keep_in_float32` cannot help: an embedding, which takes integers, and out_proj of torch's
-    attention, whose weight is read.
+    Raises ValueError if another module has a weight of theirs, and for what `keep_in_float32` cannot help
+    in half precision: an embedding, which takes integers, or out_proj of torch's attention, which is read.
     """
-    unfit = (nn.Embedding, nn.EmbeddingBag, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    read = nn.modules.linear.NonDynamicallyQuantizableLinear
     inside = {part for module in full.values() for part in module.modules()}
-    trained = {p: f"{name}.{n}" for name, m in full.items() for n, p in m.named_parameters()}
+    trained = {p: f"{n}.{part}" for n, m in full.items() for part, p in m.named_parameters()}
     for path, module in named_parts(model).items():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter in trained and module not in inside:
                 raise ValueError(
-                    f"{trained[parameter]} is also {path}.{name}: give it LoRA instead, "
-                    "or untie it first (assign a copy, nn.Parameter(weight.clone()))"
+                    f"{trained[parameter]} is also {path}.{name}: give it LoRA, or untie "
+                    "it first (assign a copy, nn.Parameter(weight.clone()))"
                 )
-            if isinstance(module, unfit) and module in inside and not is_wide(parameter):
-                raise ValueError(f"{path} in half precision cannot be trained: call model.float() first")
+            unfit = isinstance(module, (nn.Embedding, nn.EmbeddingBag, read))
+            if unfit and module in inside and not is_wide(parameter):
+                raise ValueError(f"{path} is in half precision: call model.float() first")
     return inside
 
 
@@ -275,8 +275,8 @@ def merged_weight(layer):
     base = layer.linear._parameters.get("weight")
     if base is None or not base.is_floating_point():
         raise ValueError(
-            f"the weight of a {type(layer.linear).__name__} here is quantized or computed, as by weight "
-            "norm, so LoRA cannot be merged: load it unquantized, or remove the parametrization"
+            f"the weight of a {type(layer.linear).__name__} is quantized or computed: load "
+            "it unquantized, or remove the parametrization, to merge LoRA into it"
         )
     return layer.weight.detach()
 
@@ -342,10 +342,9 @@ def unmerge_lora(model):
     merged = merged_layers(model)
     for layer, weight, _ in merged:
         base = layer.linear
-        if (weight.device, weight.dtype) != (base.weight.device, base.weight.dtype):  # moved since
-            weight.data = weight.data.to(base.weight)
-            wide = torch.promote_types(layer.lora.A.dtype, weight.dtype)
-            layer.lora.to(weight.device, wide)
+        weight.data = weight.data.to(base.weight)  # if the model has moved since
+        wide = torch.promote_types(layer.lora.A.dtype, weight.dtype)
+        layer.lora.to(weight.device, wide)
         base.weight = weight
         layer.train(base.training)
         del base._merged_lora
