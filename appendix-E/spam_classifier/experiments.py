@@ -18,8 +18,7 @@ from ch04 import pick_device
 from ch06 import SPLITS, unfreeze_last_block
 from fast_path.memory import peak_memory, peak_of_allocations
 from fast_path.training import fit, prepare
-from lora.adapters import copy_to_cpu
-from lora.files import write_whole
+from lora.adapters import copy_to_cpu, write_files
 from spam_classifier.classifier import (
     PRINTED,
     LoRASettings,
@@ -185,7 +184,7 @@ def read_runs(path):
 def write_runs(path, runs):
     """Write one line of JSON per run; an interruption leaves the file as it was."""
     text = "".join(json.dumps(run) + "\n" for run in runs)
-    write_whole(path, text.encode())
+    write_files(Path(path).parent, {Path(path).name: text.encode()})
 
 
 # Results
