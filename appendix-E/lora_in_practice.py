@@ -104,7 +104,7 @@ def evaluate_command(adapter):
 
 def classify_command(adapter, messages=(), json_lines=False):
     """Print the label of each message and its probability."""
-    texts = [text for text in messages or read_lines() if text.strip()]
+    texts = messages or [line for line in read_lines() if line.strip()]
     if not texts:
         raise ValueError("there is no message: give some as arguments, or one per line on standard input")
     device = pick_device()
@@ -137,9 +137,7 @@ def compare_command(model_size, seeds, epochs, output, assets=None, methods=(), 
     check_outputs(output)
     assets = assets or choose_assets("book")
     print(assets)
-    chosen = [m for m in METHODS if not methods or any(word in m.title for word in methods)]
-    if not chosen:
-        raise ValueError(f"--methods: no title contains {methods}; there are {[m.title for m in METHODS]}")
+    chosen = choose_methods(methods) if methods else METHODS
     if learning_rates:
         chosen = [with_learning_rate(method, rate) for method in chosen for rate in learning_rates]
     runs = compare(
@@ -147,6 +145,15 @@ def compare_command(model_size, seeds, epochs, output, assets=None, methods=(), 
         report=lambda line: print(line, flush=True),
     )
     print(summary(runs).to_string())
+
+
+def choose_methods(words):
+    """Return the `METHODS` with one of `words` in their titles; ValueError for a word that is in none."""
+    titles = [method.title for method in METHODS]
+    for word in words:
+        if not word.strip() or not any(word in title for title in titles):
+            raise ValueError(f"--methods: no title contains {word!r}; there are {titles}")
+    return [method for method in METHODS if any(word in method.title for word in words)]
 
 
 def with_learning_rate(method, rate):

@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
@@ -25,6 +24,10 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+try:
+    from book_assets.command_line import add_assets_flag, command
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}: start with python setup/run_main.py, which installs everything")
 import numpy as np
 import torch
 
@@ -32,8 +35,8 @@ from benchmark.accuracy import compare_accuracy
 from benchmark.report import Measurement, compare_contenders, message_flops, plot, table
 from benchmark.sides import CONFIG, TINY, serve, synchronise
 from benchmark.weights import write_weights
-from book_assets import Choice, get_tokenizer
-from book_assets.downloads import DownloadError
+from book_assets import choose_assets, get_tokenizer
+from book_assets.files import check_outputs, replacing, write_whole
 from fast_path.settings import PRECISIONS
 from fast_path.training import choose_precision, length_batches
 from finetune_spam import describe_machine
@@ -260,32 +263,60 @@ def has_hugging_face():
 
 
 def read_options(argv=None):
+    """Return the options; raise ValueError for those that cannot be met or would do nothing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     contenders = ("book", "ours", "hf")
     parser.add_argument("--quick", action="store_true", help="about three minutes, fewer rounds and lengths")
     parser.add_argument("--json", metavar="FILE", help="write all measurements")
     parser.add_argument("--plot", metavar="FILE", help="write a figure of the speed-ups")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or mps")
-    parser.add_argument("--assets", type=Choice.parse, default=os.environ.get("LLM_ASSETS") or "book",
-                        metavar="WHICH", help="where the messages come from: book (UCI's) or embedded")
+    add_assets_flag(parser)  # of the choice only the data are used
     parser.add_argument("--threads", type=int, help="torch's threads in every process")
     parser.add_argument("--contenders", nargs="+", choices=contenders, default=contenders)
     parser.add_argument("--compile", action="store_true", help="also time our step under torch.compile")
     parser.add_argument("--parts", nargs="+", default=PARTS[:-1], choices=PARTS,
                         help="what to measure; accuracy takes half an hour and runs only if named")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of --parts accuracy")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of --parts accuracy (default: 1 2 3 4 5)")
     parser.add_argument("--tiny", action="store_true", help="a toy model: tries the script, measures nothing")
     args = parser.parse_args(argv)
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # what torch raises where there is no such device
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
-    if args.threads is not None and args.threads < 1:
-        parser.error("--threads must be at least 1")
-    for path in filter(None, (args.json, args.plot)):
-        if not Path(path).absolute().parent.is_dir():
-            parser.error(f"{path}: there is no such folder")
+    args.assets = args.assets or choose_assets("book")
+    check_device(args.device)
+    check_options(args)
+    args.seeds = args.seeds or [1, 2, 3, 4, 5]
     return args
+
+
+def check_device(device):
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises where there is no such device
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def check_options(args):
+    """Raise ValueError for options that contradict each other or would do nothing."""
+    timed = {*args.parts} - {"accuracy"}
+    pairs = {"book"} < {*args.contenders}
+    problems = {
+        "--threads must be at least 1": args.threads is not None and args.threads < 1,
+        "--parts and --contenders: name each once": any(
+            len({*names}) < len(names) for names in (args.parts, args.contenders)
+        ),
+        "--seeds are those of --parts accuracy: name this part too": args.seeds and "accuracy" not in args.parts,
+        "--seeds must be from 0, each of them once": args.seeds and (
+            min(args.seeds) < 0 or len({*args.seeds}) < len(args.seeds)
+        ),
+        "--compile is about our training step: it needs --parts training and --contenders ours": args.compile
+        and not ("training" in args.parts and "ours" in args.contenders),
+        "--tiny is about the timed parts: name one besides accuracy": args.tiny and not timed,
+        "--plot compares times with the book's: it needs a timed part, book and another contender": args.plot
+        and not (timed and pairs),
+        "--contenders hf needs transformers and peft: pip install transformers peft": timed
+        and [*args.contenders] == ["hf"] and not has_hugging_face(),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ValueError(problem)
 
 
 def run_benchmark(args):
@@ -299,7 +330,7 @@ def run_benchmark(args):
         print(f"{time.perf_counter() - began:.0f} s: {part}", file=sys.stderr, flush=True)
         try:
             getattr(benchmark, part)()
-        except ContenderError as error:  # what has been measured is kept
+        except (ContenderError, ValueError) as error:  # what has been measured is kept
             print(f"{part} was given up: {error}", file=sys.stderr)
     return {
         "machine": machine | describe_machine(device),
@@ -312,17 +343,20 @@ def run_benchmark(args):
     }
 
 
+@command
 def main(argv=None):
+    """Run the command, see --help: write the numbers, then print the table, then draw the figure."""
     args = read_options(argv)
-    try:
-        report = run_benchmark(args)
-    except DownloadError as error:
-        sys.exit(str(error))
-    print(table(report))
+    check_outputs(*filter(None, (args.json, args.plot)))
+    report = run_benchmark(args)
+    if not report["rows"] and not report["accuracies"]:
+        raise ValueError("nothing could be measured: see the lines above")
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.json, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(table(report))
     if args.plot:
-        plot(report["rows"], args.plot)
+        with replacing(args.plot) as partial:
+            plot(report["rows"], partial, Path(args.plot).suffix[1:] or "png")
 
 
 if __name__ == "__main__":

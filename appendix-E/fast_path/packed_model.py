@@ -68,7 +68,7 @@ def adapted_linear(layer, x):
 
 def normalise(norm, x):
     """Chapter 4's `LayerNorm` as torch's operation: x (N, D) to (N, D)."""
-    return layer_norm(x, norm.scale.shape, norm.scale, norm.shift, norm.eps)
+    return layer_norm(x, norm.scale.shape, norm.scale.float(), norm.shift.float(), norm.eps)
 
 
 def split_by_head(att, packing, products):

@@ -35,16 +35,18 @@ class TrainingSettings:
 
     def __post_init__(self):
         counts = ("epochs", "batch_size", "bucket", "gradient_accumulation_steps", "eval_batch_size")
-        for name in (*counts, "max_tokens"):
+        for name in (*counts, *(["max_tokens"] if self.max_tokens is not None else [])):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be at least 1, an integer, not {value}")
+        if self.precision not in ("auto", *PRECISIONS):
+            raise ValueError(f"precision must be auto, {', '.join(PRECISIONS)}, not {self.precision!r}")
         if not 0 < self.learning_rate <= 1:
             raise ValueError(f"learning_rate must be in (0, 1], not {self.learning_rate}: try 1e-4")
         if not 0 <= self.weight_decay <= 1 / self.learning_rate:  # beyond, a step would turn a weight's sign
             raise ValueError(f"weight_decay must be in [0, 1 / learning_rate], not {self.weight_decay}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), not {self.seed}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be an integer in [0, 2**63), not {self.seed}")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

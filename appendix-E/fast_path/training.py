@@ -107,22 +107,33 @@ def autocast(device, precision):
 
 
 def prepare(model, settings, device):
-    """Move the model to `device`, choose its attention, store frozen weights in the chosen precision.
+    """Move the model to `device`, choose its attention, store its weights for `fit`. Returns the same model.
 
-    On a CPU the weights are stored by columns: same shapes and values, and a product with one token, as
-    in generation, reads memory 1.4 times as fast. `fit` and `predict` expect a prepared model; `restore`
-    returns it to the form that all other code expects. Returns the same model.
+    Frozen linear layers and embeddings are stored in the chosen precision, everything else in float32. A
+    model with weights in bf16 or fp16 answers through the functions of this module alone: calling it
+    raises ValueError until `restore`. On a CPU weights are stored by columns: same shapes and values, and
+    a product with one token, as in generation, reads memory 1.4 times as fast.
     """
     dtype = PRECISIONS[choose_precision(device, settings.precision)]
-    model.to(device)
-    use_fused_attention(model, settings.fused_attention)
+    use_fused_attention(restore(model).to(device), settings.fused_attention)
     for module in model.modules():
         frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         if frozen and isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
             module.to(dtype)
         if isinstance(module, torch.nn.Linear) and device.type == "cpu":
             module.weight.data = module.weight.data.t().contiguous().t()
+    if stored_precision(model) != "float32":
+        model.refusal = model.register_forward_pre_hook(refuse_low_precision)
     return model
+
+
+def refuse_low_precision(model, inputs):
+    """Raise ValueError, before `model` computes anything, if its weights are stored in bf16 or fp16."""
+    if (precision := stored_precision(model)) != "float32":
+        raise ValueError(
+            f"this model is prepared for the fast path in {precision}: "
+            "call fast_path.training.restore(model) first"
+        )
 
 
 def restore(model):
@@ -130,6 +141,9 @@ def restore(model):
 
     Values that were rounded stay rounded. Returns the same model.
     """
+    if hasattr(model, "refusal"):
+        model.refusal.remove()
+        del model.refusal
     for parameter in model.float().parameters():
         parameter.data = parameter.data.contiguous()
     return model
@@ -149,10 +163,11 @@ def fit(model, train, settings, device, validation=None):
 
     `model` comes from `prepare`; the messages are arrays of token ids (T,), the labels integers (N,). If
     there is a `validation` pair, its accuracy is measured after every epoch. Returns a `History`. Raises
-    ValueError for a pair without messages or with more or fewer labels than messages.
+    ValueError for a pair that `check_pair` refuses, a model that is not prepared and a loss that is not
+    finite.
     """
-    encoded, labels = validate_labels(*train)
-    held_out = None if validation is None else validate_labels(*validation)
+    encoded, labels = check_pair(model, *train)
+    held_out = None if validation is None else check_pair(model, *validation)
     keep_freed_memory()
     torch.manual_seed(settings.seed)
     start, history = time.perf_counter(), History()
@@ -160,6 +175,7 @@ def fit(model, train, settings, device, validation=None):
     bar = tqdm(range(settings.epochs), "epochs", disable=not settings.progress, leave=False)
     for epoch in bar:
         history.losses += run.epoch(encoded, labels, seed=(settings.seed, epoch))
+        check_losses(history.losses)
         bar.set_postfix(loss=f"{history.losses[-1]:.3f}")
         if held_out:
             history.accuracies.append(accuracy(model, *held_out, device, settings))
@@ -168,13 +184,36 @@ def fit(model, train, settings, device, validation=None):
     return history
 
 
-def validate_labels(encoded, labels):
-    """Return the messages and their labels, (N,) int64 on the CPU, or raise ValueError."""
-    labels = torch.as_tensor(np.asarray(labels), dtype=torch.long)
-    if len(encoded) == 0 or len(encoded) != len(labels):
-        counts = f"{len(encoded)} messages and {len(labels)} labels"
-        raise ValueError(f"{counts}: need one label for each, and some messages")
-    return encoded, labels
+def check_losses(losses):
+    """Raise ValueError, naming the step, unless all `losses` are finite."""
+    for step, loss in enumerate(losses, start=1):
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss of step {step} is {loss}: lower the learning rate or alpha")
+
+
+def check_messages(model, encoded):
+    """Raise ValueError unless there are messages, each an array (T,) of ids in `model`'s vocabulary."""
+    if len(encoded) == 0:
+        raise ValueError("there are no messages: encode some first")
+    size = model.tok_emb.num_embeddings
+    for number, ids in enumerate(map(np.asarray, encoded)):
+        integers = ids.ndim == 1 and ids.size > 0 and ids.dtype.kind in "iu"
+        if not integers or ids.min() < 0 or ids.max() >= size:
+            raise ValueError(
+                f"message {number} must be token ids, at least one, from 0 to {size - 1}: use encode_messages"
+            )
+
+
+def check_pair(model, encoded, labels):
+    """Return the messages and their labels, (N,) int64 on the CPU; raise ValueError if they do not fit."""
+    check_messages(model, encoded)
+    labels = np.asarray(labels)
+    if labels.shape != (len(encoded),):
+        raise ValueError(f"{len(encoded)} messages and labels {labels.shape}: need one label for each")
+    classes = getattr(model.out_head, "linear", model.out_head).out_features
+    if not np.isin(labels, range(classes)).all():
+        raise ValueError(f"the labels must be integers from 0 to {classes - 1}, the model's classes")
+    return encoded, torch.as_tensor(labels, dtype=torch.long)
 
 
 def total_steps(messages, settings):
@@ -188,13 +227,19 @@ class TrainingRun:
 
     def __init__(self, model, settings, device, steps):
         self.model, self.settings, self.device = model, settings, device
-        self.precision = choose_precision(device, settings.precision)
+        stored, chosen = stored_precision(model), choose_precision(device, settings.precision)
+        self.precision = chosen if stored == "float32" else stored
         self.forward = last_token_logits
         if settings.compile:
             self.forward = torch.compile(last_token_logits, dynamic=True)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if {parameter.dtype for parameter in trained} != {torch.float32}:
+            raise ValueError(
+                "what trains must be some parameters in float32: "
+                "choose them with requires_grad, then call prepare(model, settings, device)"
+            )
         self.optimizer = torch.optim.AdamW(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=settings.learning_rate, weight_decay=settings.weight_decay,
+            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
         fp16 = self.precision == "fp16"
@@ -243,7 +288,11 @@ class TrainingRun:
 
 
 def accuracy(model, encoded, labels, device, settings=TrainingSettings()):
-    """Return the fraction of correct predictions, 0 to 1, for encoded messages with labels (N,)."""
+    """Return the fraction of correct predictions, 0 to 1, for encoded messages with labels (N,).
+
+    Raises what `predict` raises, and ValueError for labels that do not fit messages or model.
+    """
+    encoded, labels = check_pair(model, encoded, labels)
     predictions = predict(model, encoded, device, settings).argmax(dim=1)
     return (predictions == labels).float().mean().item()
 
@@ -252,10 +301,10 @@ def predict(model, encoded, device, settings=TrainingSettings()):
     """Return logits (N, classes), float32 on the CPU, at each message's last token, in the given order.
 
     A model is evaluated in the precision in which its weights are stored: float32 unless it comes from
-    `prepare` with another. Raises ValueError if there are no messages.
+    `prepare` with another. Raises ValueError for messages that `check_messages` refuses, and for logits
+    that are not finite.
     """
-    if len(encoded) == 0:
-        raise ValueError("there are no messages: encode some first")
+    check_messages(model, encoded)
     precision = stored_precision(model)
     order = np.argsort([-len(ids) for ids in encoded], kind="stable")  # the longest first
     size = settings.eval_batch_size
@@ -271,4 +320,7 @@ def predict(model, encoded, device, settings=TrainingSettings()):
                 results.append(logits.float().cpu())
     finally:
         model.train(was_training)
-    return torch.cat(results)[np.argsort(order)]
+    logits = torch.cat(results)[np.argsort(order)]
+    if not logits.isfinite().all():
+        raise ValueError("the logits are not finite: the model's training has diverged, train it again")
+    return logits

@@ -73,24 +73,34 @@ def load_splits(choice, quick=False):
 def encode_messages(texts, tokenizer, max_tokens, pad_to=None):
     """Return the token ids of each text, a list of int32 arrays (T,), with T at most `max_tokens`.
 
-    With `pad_to`, T is `pad_to` for every text. Raises ValueError, with its index, for an empty text.
+    With `pad_to`, T is `pad_to` for every text. Raises ValueError, with its index, for an empty text, for
+    a single text instead of several, and for sizes out of range.
     """
+    if isinstance(texts, str):
+        raise ValueError("give a list of texts, not one text")
+    if not 1 <= (pad_to or 1) <= max_tokens or pad_to == 0:
+        raise ValueError(f"pad_to must be None or from 1 to max_tokens ({max_tokens}), not {pad_to}")
     encoded = []
     for number, text in enumerate(texts):
-        try:
-            ids = encode_message(text, tokenizer)[:max_tokens]
-        except ValueError as error:
-            raise ValueError(f"message {number} is empty: {error}") from None
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"message {number} is empty: leave out messages without text")
+        ids = encode_message(text, tokenizer)[:max_tokens]
         encoded.append(np.array(cut_or_pad(ids, pad_to) if pad_to else ids, dtype=np.int32))
     return encoded
 
 
 def encode_splits(splits, tokenizer, max_tokens, pad_to=None):
-    """Return {name: (`encode_messages` of Text, labels (N,) int64)} of `splits`, {name: DataFrame}."""
+    """Return {name: (`encode_messages` of Text, labels (N,) int64)} of `splits`, {name: DataFrame}.
+
+    Raises ValueError for a split without messages, without these columns or with other labels.
+    """
+    for name, split in splits.items():
+        if split.empty or not {"Label", "Text"} <= {*split} or split["Label"].dtype.kind not in "iub":
+            raise ValueError(f"{name} must have some rows of a Text and a Label that is an integer from 0")
     return {
         name: (
             encode_messages(list(split["Text"]), tokenizer, max_tokens, pad_to),
-            torch.tensor(split["Label"].tolist()),
+            torch.tensor(split["Label"].to_numpy(dtype=np.int64)),
         )
         for name, split in splits.items()
     }
@@ -130,7 +140,10 @@ def finetune(model, encoded, settings, device):
 
     `encoded` comes from `encode_splits`, `settings` are `TrainingSettings`; encoded["validation"], if
     present, is classified after every epoch. Leaves the model on `device`, in eval mode and float32.
+    Raises what `fit` raises, and ValueError for training messages of one class alone.
     """
+    if len(set(np.asarray(encoded["train"][1]).tolist())) == 1:
+        raise ValueError("the training messages are all of one class: both are needed")
     prepare(model, settings, device)
     history = fit(model, encoded["train"], settings, device, encoded.get("validation"))
     restore(model).eval()
@@ -151,10 +164,13 @@ def classify(model, texts, tokenizer, device, pad_to=None):
     """Return one {"text", "label", "probability"} per text: its likelier class and that one's probability.
 
     Texts are cut to the model's context; `pad_to` is that of the adapter's notes. Raises ValueError for
-    an empty text.
+    an empty text, for none, and for a model with other classes than `CLASSES`.
     """
     encoded = encode_messages(texts, tokenizer, context_length(model), pad_to)
-    best = predict(model, encoded, device).softmax(dim=1).max(dim=1)
+    logits = predict(model, encoded, device)  # (N, classes)
+    if logits.shape[1] != len(CLASSES):
+        raise ValueError(f"the model has {logits.shape[1]} classes, not {CLASSES}: use predict_classes")
+    best = logits.softmax(dim=1).max(dim=1)
     return [
         {"text": text, "label": CLASSES[index], "probability": round(value, 4)}
         for text, value, index in zip(texts, best.values.tolist(), best.indices.tolist(), strict=True)
@@ -170,19 +186,39 @@ def save_classifier_adapter(model, folder, size, choice, settings, pad_to=None):
     return save_adapter(model, folder, notes)
 
 
+def read_notes(folder):
+    """Return the notes of `save_classifier_adapter`, with a `Choice` in "assets", and the head's seed.
+
+    Raises ValueError for an adapter without such notes, and what `read_adapter` raises.
+    """
+    saved = read_adapter(folder).notes
+    try:
+        notes = {"pad_to": None, **saved}
+        size, pad_to, assets, settings = (
+            notes[key] for key in ("model_size", "pad_to", "assets", "settings")
+        )
+        choice = Choice.parse(f"model={assets['model']},data={assets['data']}")
+        training = settings.get("training", settings)  # version 1.0 wrote one level
+        seed = TrainingSettings(seed=training["seed"]).seed
+        if not isinstance(size, str) or not (pad_to is None or isinstance(pad_to, int)):
+            raise ValueError(f"model_size {size!r}, pad_to {pad_to!r}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{folder} does not say which GPT-2 it adapts and how it was trained ({error}): "
+            "build that model, then use load_adapter"
+        ) from error
+    return notes | {"assets": choice}, seed
+
+
 def load_classifier_adapter(folder, device):
     """Return (model, configuration, notes) of an adapter from `save_classifier_adapter`.
 
-    The model is on `device`, in float32 and in eval mode; notes["assets"] is a `Choice`. Raises
-    ValueError for an adapter whose notes name no GPT-2, and what `load_adapter` raises.
+    The model is on `device`, in float32 and in eval mode; notes["assets"] is a `Choice`. Raises what
+    `read_notes` and `load_adapter` raise.
     """
-    notes = {"pad_to": None} | read_adapter(folder).notes
-    if "model_size" not in notes:
-        raise ValueError(f"{folder} does not say which GPT-2 it adapts: use load_adapter")
-    settings = notes["settings"]
-    seed = settings.get("training", settings)["seed"]  # version 1.0 wrote one level
+    notes, seed = read_notes(folder)
     model, config = build_classifier(notes["model_size"], seed)
     load_adapter(model, folder)
     model.float().to(device)  # an adapter's file may be in half precision
     use_fused_attention(model)
-    return model.eval(), config, notes | {"assets": Choice(**notes["assets"])}
+    return model.eval(), config, notes

@@ -10,9 +10,6 @@ from statistics import NormalDist
 import numpy as np
 import pandas as pd
 
-SCORES = ("accuracy", "precision", "recall", "F1")
-
-
 # Duplicates on both sides
 
 
@@ -21,15 +18,26 @@ def normalise_text(text):
     return " ".join(re.sub(r"\d+", "0", text.casefold()).split())
 
 
+def check_texts(*parts):
+    """Raise ValueError unless every row of these DataFrames has a text in the column Text."""
+    for part in parts:
+        if "Text" not in part:
+            raise ValueError(f"there is no column Text among {[*part]}: name it so")
+        missing = [row for row, text in enumerate(part["Text"]) if not isinstance(text, str)]
+        if missing:
+            raise ValueError(f"no text in rows {missing[:3]}: leave them out first")
+
+
 def find_leaks(test, *seen):
     """Return whether the text of each row of `test` occurs in one of `seen`: columns exact, near.
 
     "near" compares texts after `normalise_text`, so it includes the exact ones. All arguments are
-    DataFrames with a column Text.
+    DataFrames; each row has a Text, or ValueError is raised.
     """
-    texts = pd.concat([part["Text"] for part in seen])
-    near = test["Text"].map(normalise_text).isin(set(texts.map(normalise_text)))
-    exact = test["Text"].isin(set(texts))
+    check_texts(test, *seen)
+    texts = {text for part in seen for text in part["Text"]}
+    near = test["Text"].map(normalise_text).isin(set(map(normalise_text, texts)))
+    exact = test["Text"].isin(texts)
     return pd.DataFrame({"exact": exact, "near": near})
 
 
@@ -38,8 +46,15 @@ def split_without_leaks(df, train_frac, validation_frac, seed=123):
 
     Messages that are equal after `normalise_text` form a group. The groups are shuffled and laid end
     to end; a group goes to the split in which its first row falls, so the sizes are met but for a few
-    rows.
+    rows. Raises ValueError for a row without Text, and for fractions that are negative or exceed 1
+    together.
     """
+    check_texts(df)
+    if not 0 <= train_frac <= train_frac + validation_frac <= 1:
+        raise ValueError(
+            f"fractions {train_frac} and {validation_frac} must not be negative, "
+            "nor exceed 1 together: what they leave is the test part"
+        )
     groups = df["Text"].map(normalise_text)
     order = np.random.default_rng(seed).permutation(groups.unique())
     place = groups.map({group: number for number, group in enumerate(order)})
@@ -57,30 +72,24 @@ def split_without_leaks(df, train_frac, validation_frac, seed=123):
 # Scores
 
 
-def scores(labels, predictions):
-    """Return {name: score, 0 to 1} of predictions (…, N) against labels (…, N), along the last axis.
-
-    Both hold 0 or 1; spam (1) is the positive class. precision = TP / (TP + FP),
-    recall = TP / (TP + FN), F1 = 2 TP / (2 TP + FP + FN); 0 where the denominator is 0.
-    """
-    labels, predictions = np.asarray(labels, bool), np.asarray(predictions, bool)
-    hits = (labels & predictions).sum(-1)  # TP
-    found, spam = predictions.sum(-1), labels.sum(-1)  # TP + FP, TP + FN
-    values = (
-        (labels == predictions).mean(-1),
-        hits / np.maximum(found, 1),
-        hits / np.maximum(spam, 1),
-        2 * hits / np.maximum(found + spam, 1),
-    )
-    return dict(zip(SCORES, values, strict=True))
+def check_binary(labels, predictions):
+    """Return both as arrays (N,) of bool; raise ValueError unless they are 0 or 1 and as many, N > 0."""
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    known = all(np.isin(values, (0, 1)).all() for values in (labels, predictions))
+    if not known or labels.ndim != 1 or labels.shape != predictions.shape or not len(labels):
+        raise ValueError("labels and predictions must be one 0 or 1 for each message, and not empty")
+    return labels.astype(bool), predictions.astype(bool)
 
 
 def wilson(hits, trials, level=0.95):
     """Return the (low, high) end of Wilson's interval for a fraction of `hits` in `trials`.
 
     A fraction of 0 or 1 has an interval too: for 50 of 50 it is 92.9 to 100 %; for no trials it is
-    0 to 1. Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference" (1927).
+    0 to 1. Raises ValueError for hits that are not in 0 to `trials`.
+    Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference" (1927).
     """
+    if not 0 <= hits <= trials:
+        raise ValueError(f"hits must be from 0 to {trials}, the trials, not {hits}")
     if trials == 0:
         return 0.0, 1.0
     z = NormalDist().inv_cdf((1 + level) / 2)  # 1.96 for 95 %
@@ -91,40 +100,38 @@ def wilson(hits, trials, level=0.95):
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
-def bootstrap(labels, predictions, draws=2000, level=0.95, seed=123):
-    """Return a DataFrame, one row per score: its value and the low and high end of its interval.
+def judged(labels, predictions):
+    """Return {score: for each message that the score is about, whether it is a hit, bool (n,)}.
 
-    The percentile bootstrap: each of `draws` resamples has as many messages, drawn with replacement.
-    The interval says how far the score would move with other test messages of the same kind, not
-    with another training run.
+    Both arguments (N,) hold 0 or 1; spam (1) is the positive class. The fraction of hits is the accuracy,
+    precision = TP / (TP + FP), recall = TP / (TP + FN), and for F1 the Jaccard index
+    J = TP / (TP + FP + FN).
     """
-    labels, predictions = np.asarray(labels), np.asarray(predictions)
-    rng = np.random.default_rng(seed)
-    rows = rng.integers(len(labels), size=(draws, len(labels)))
-    drawn = scores(labels[rows], predictions[rows])  # {name: (draws,)}
-    tail = 100 * (1 - level) / 2
-    table = {
-        name: (value, *np.percentile(drawn[name], [tail, 100 - tail]))
-        for name, value in scores(labels, predictions).items()
-    }
-    return pd.DataFrame(table, index=["value", "low", "high"]).T
-
-
-def intervals(labels, predictions, draws=2000):
-    """Return `bootstrap`'s DataFrame, with Wilson's intervals for the three scores that are fractions."""
-    labels, predictions = np.asarray(labels, bool), np.asarray(predictions, bool)
-    table = bootstrap(labels, predictions, draws)
-    fractions = {  # of which messages, which are hits
+    labels, predictions = check_binary(labels, predictions)
+    return {
         "accuracy": labels == predictions,
         "precision": labels[predictions],
         "recall": predictions[labels],
+        "F1": (labels & predictions)[labels | predictions],
     }
-    for name, hits in fractions.items():
-        table.loc[name, ["low", "high"]] = wilson(hits.sum(), len(hits))
-    return table
 
 
-def interval_table(results, draws=2000):
+def scores(labels, predictions, level=0.95):
+    """Return a DataFrame: a row per score, 0 to 1; its value, and the low and high end of its interval.
+
+    A score about no message is 0. The intervals are Wilson's; F1 = 2 J / (1 + J) grows with J, so the
+    ends of J's interval give those of F1's. An interval says how far the score would move with other
+    test messages of the same kind, not with another training run. Raises what `check_binary` raises.
+    """
+    table = {}
+    for name, hits in judged(labels, predictions).items():
+        value = hits.sum() / max(len(hits), 1)
+        table[name] = np.array([value, *wilson(hits.sum(), len(hits), level)])
+    table["F1"] = 2 * table["F1"] / (1 + table["F1"])
+    return pd.DataFrame(table, index=["value", "low", "high"]).T
+
+
+def interval_table(results):
     """Return a DataFrame of texts such as "97.3 % (94.8 to 98.6)": one row for each of `results`.
 
     `results` is {title: (labels, predictions)}. The first column says how many messages were judged;
@@ -134,7 +141,7 @@ def interval_table(results, draws=2000):
     for title, (labels, predictions) in results.items():
         if len(labels) == 0:
             continue
-        table = 100 * intervals(labels, predictions, draws)
+        table = 100 * scores(labels, predictions)
         rows[title] = {"messages": len(labels)} | {
             name: f"{value:.1f} % ({low:.1f} to {high:.1f})"
             for name, (value, low, high) in table.iterrows()
@@ -143,12 +150,14 @@ def interval_table(results, draws=2000):
 
 
 def confusion_matrix(labels, predictions):
-    """Return counts (2, 2): row the true class, column the predicted one."""
-    pairs = 2 * np.asarray(labels) + np.asarray(predictions)  # 0 to 3
+    """Return counts (2, 2): row the true class, column the predicted one. Raises as `check_binary`."""
+    labels, predictions = check_binary(labels, predictions)
+    pairs = 2 * labels.astype(int) + predictions  # 0 to 3
     return np.bincount(pairs, minlength=4).reshape(2, 2)
 
 
 def wrong_messages(split, predictions):
     """Return the rows of `split` (Label, Text) that are classified wrongly, with the prediction."""
-    table = split.assign(Prediction=np.asarray(predictions))
-    return table[table["Prediction"] != table["Label"]][["Label", "Prediction", "Text"]]
+    labels, predictions = check_binary(split["Label"], predictions)
+    table = split.assign(Prediction=predictions.astype(int))
+    return table[labels != predictions][["Label", "Prediction", "Text"]]

@@ -1,24 +1,28 @@
 """Comparing ways to fine-tune: LoRA of several ranks and places, the last layer, the last block, all weights.
 
 `compare` trains every method with every seed, adds one line of JSON per finished run to a file and
-skips the runs that the file contains already, so that an interrupted comparison resumes where it stopped.
+skips the runs that the file contains already, so that an interrupted comparison resumes where it stopped
+and several processes can share one file.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 from safetensors.torch import save
 
 from appendix_e import count_parameters
 from book_assets import get_tokenizer
+from book_assets.files import append_line, check_outputs
 from ch04 import pick_device
 from ch06 import SPLITS, unfreeze_last_block
 from fast_path.memory import peak_memory, peak_of_allocations
 from fast_path.training import fit, prepare
-from lora.adapters import copy_to_cpu, write_files
+from lora.adapters import copy_to_cpu
 from spam_classifier.classifier import (
     PRINTED,
     LoRASettings,
@@ -77,6 +81,11 @@ def choose_parameters(model, method):
 
 
 # One run
+
+MEASURED = (  # by `run_method`, as numbers
+    "trained_parameters", "total_parameters", "checkpoint_bytes", "seconds_per_step",
+    "final_loss", *SPLITS,
+)
 
 
 def build_model(method, size, device):
@@ -144,28 +153,48 @@ def compare(
 
     Each finished run is added to the file `output`, one line of JSON per run; a run that the file
     contains already, with the same method, seed, model, data and epochs, is not repeated. `report` is
-    called with a line of text for each new run.
+    called with a line of text for each new run. Raises ValueError for seeds or methods that are none or
+    occur twice, and what `read_runs` raises.
     """
-    device = device or pick_device()
-    size = choice.model_size(size)
+    check_outputs(output)
+    device, size = device or pick_device(), choice.model_size(size)
     data = choice.data + (", few messages" if quick else "")
-    runs = read_runs(output)
+    methods = plan_runs([*methods], [*seeds], epochs)
+    about = {"model": size, "data": data}
+    keys = [about | json.loads(json.dumps(asdict(each))) for each in methods]
     encoded = None  # until a run is missing
-    wanted = []
-    for seed, method in product(seeds, methods):
-        changes = {"seed": seed, "epochs": epochs, "progress": False}
-        method = replace(method, settings=method.settings.with_training(**changes))
-        key = {"model": size, "data": data, **asdict(method)}
-        key = json.loads(json.dumps(key))  # as in the file
-        run = next((run for run in runs if key.items() <= run.items()), None)
-        if run is None:
-            encoded = encoded or load_encoded(choice, size, quick)
+    for method, key in zip(methods, keys):
+        if find_run(read_runs(output), key):  # it may be another process's
+            continue
+        encoded = encoded or load_encoded(choice, size, quick)
+        title = f"{method.title}, seed {method.settings.training.seed}"
+        try:
             run = key | run_method(method, size, encoded, device)
-            runs.append(run)
-            write_runs(output, runs)
-            report(f"{method.title}, seed {seed}: test accuracy {run['test']:.2%}")
-        wanted.append(run)
-    return pd.json_normalize(wanted)  # settings.rank, settings.training.seed, …
+        except ValueError as error:
+            raise ValueError(f"{title}: {error}") from error
+        append_line(output, json.dumps(run, allow_nan=False))
+        report(f"{title}: test accuracy {run['test']:.2%}")
+    runs = read_runs(output)
+    table = [find_run(runs, key) for key in keys]
+    return pd.json_normalize(table)  # settings.rank, settings.training.seed, …
+
+
+def plan_runs(methods, seeds, epochs):
+    """Return the methods with each seed and `epochs` in their settings, seed by seed."""
+    titles = [method.title for method in methods]
+    for name, values in (("seeds", seeds), ("methods", titles)):
+        if not values or len({*values}) < len(values):
+            raise ValueError(f"{name} must be some, each of them once, not {values}")
+    changes = {"epochs": epochs, "progress": False}
+    return [
+        replace(method, settings=method.settings.with_training(seed=seed, **changes))
+        for seed, method in product(seeds, methods)
+    ]
+
+
+def find_run(runs, key):
+    """Return the first of `runs` with all items of `key`, None if there is none."""
+    return next((run for run in runs if key.items() <= run.items()), None)
 
 
 def load_encoded(choice, size, quick):
@@ -175,16 +204,37 @@ def load_encoded(choice, size, quick):
 
 
 def read_runs(path):
-    """Return the runs of a file that `write_runs` wrote, [] if there is none."""
-    path = Path(path)
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines()]
+    """Return the runs of a file that `compare` wrote, [] if there is none.
+
+    Raises ValueError, with its number, for a line that is not a run: not JSON, cut off, without one of
+    the fields or with a measurement that is not finite.
+    """
+    if not Path(path).exists():
+        return []
+    with FileLock(f"{path}.lock"):  # not within another process's line
+        lines = Path(path).read_bytes().splitlines()
+    runs = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            runs.append(check_run(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}, is not a finished run ({error}): delete this line, "
+                "and compare will train that run again"
+            ) from None
+    return runs
 
 
-def write_runs(path, runs):
-    """Write one line of JSON per run; an interruption leaves the file as it was."""
-    text = "".join(json.dumps(run) + "\n" for run in runs)
-    write_files(Path(path).parent, {Path(path).name: text.encode()})
+def check_run(run):
+    """Return `run`, a dictionary with every field; raise TypeError or ValueError for anything else."""
+    of_method = {each.name for each in fields(Method)}
+    names = {"model", "data", *of_method, "step_memory_bytes", *MEASURED}
+    if missing := sorted(names - {*run}):
+        raise ValueError(f"it lacks {', '.join(missing[:3])}")
+    for name in MEASURED:
+        if not math.isfinite(run[name]):
+            raise ValueError(f"{name} is {run[name]}")
+    return run
 
 
 # Results

@@ -1,5 +1,7 @@
 """The fast path computes what the printed path computes, in every option."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -113,8 +115,7 @@ def test_gradients_without_adapters_are_those_of_the_printed_path(tiny_config, m
 def weights_after_training(model, messages, **changes):
     settings = TrainingSettings(precision="float32", epochs=2, learning_rate=1e-3, progress=False, **changes)
     labels = np.arange(len(messages)) % 2
-    copy = training.prepare(model, settings, CPU)
-    fit(copy, (messages, labels), settings, CPU)
+    fit(training.prepare(model, settings, CPU), (messages, labels), settings, CPU)
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
@@ -185,6 +186,54 @@ def test_low_precision_trains_adapters_in_float32(model, messages, precision):
     assert all(p.grad is None for p in model.parameters())  # freed after the step
 
 
+def test_whatever_the_base_is_stored_in_what_trains_is_float32(model, messages, tiny_config):
+    for dtype in (torch.float16, torch.bfloat16):
+        for precision in ("auto", "float32", "bf16", "fp16"):
+            settings = TrainingSettings(precision=precision, epochs=1, progress=False)
+            prepare(model.to(dtype), settings, CPU)
+            pair = messages, [0, 1] * 4
+            assert np.isfinite(fit(model, pair, settings, CPU, pair).losses).all()
+            assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+            assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("prepared, trained", [("bf16", "float32"), ("float32", "bf16"), ("fp16", "bf16")])
+def test_a_model_prepared_in_another_precision_trains_too(model, messages, prepared, trained):
+    model.trf_blocks[0].ff.layers[0] = model.trf_blocks[0].ff.layers[0].linear  # frozen, without LoRA
+    prepare(model, TrainingSettings(precision=prepared), CPU)
+    settings = TrainingSettings(precision=trained, epochs=1, progress=False)
+    assert np.isfinite(fit(model, (messages, [0, 1] * 4), settings, CPU).losses).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("adapted", [True, False], ids=["with LoRA", "without LoRA"])
+def test_a_model_in_half_precision_is_evaluated_without_preparing_it(model, messages, dtype, adapted):
+    expected = predict(model, messages, CPU)
+    if not adapted:
+        for module in [*model.modules()]:
+            for name, child in module.named_children():
+                setattr(module, name, getattr(child, "linear", child))
+        expected = predict(model, messages, CPU)
+    torch.testing.assert_close(predict(model.to(dtype), messages, CPU), expected, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_model_prepared_in_low_precision_refuses_the_calls_of_other_code(model, messages, precision):
+    expected = printed_logits(model, messages).detach()
+    for first in ("fp16", precision):
+        prepare(model, TrainingSettings(precision=first), CPU)
+    for prepared in (model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match=f"in {precision}: call fast_path.training.restore"):
+            printed_logits(prepared, messages)
+        torch.testing.assert_close(predict(prepared, messages, CPU), expected, atol=0.1, rtol=0.1)
+        again = printed_logits(restore(restore(prepared)), messages)
+        torch.testing.assert_close(again.detach(), expected, atol=0.1, rtol=0.1)
+    prepare(model, TrainingSettings(precision=precision), CPU)
+    prepare(model, TrainingSettings(precision="float32"), CPU)
+    torch.testing.assert_close(printed_logits(model, messages).detach(), expected, atol=0.1, rtol=0.1)
+    assert printed_logits(model.bfloat16(), messages).dtype == torch.bfloat16
+
+
 def test_fp16_scales_the_loss_and_skips_a_step_that_overflows(model, messages):
     settings = TrainingSettings(precision="fp16", progress=False)
     run = training.TrainingRun(prepare(model, settings, CPU), settings, CPU, steps=1)
@@ -244,14 +293,32 @@ def test_a_batch_is_cut_into_few_parts_in_order(messages, bound, parts):
 
 def test_invalid_input_is_refused_with_the_remedy(model, messages):
     settings, labels = TrainingSettings(epochs=1, progress=False), [0, 1] * 4
-    for train, validation in (((messages, labels[1:]), (messages, labels)), ((messages, labels), ([], []))):
-        with pytest.raises(ValueError, match="need one label for each, and some"):
-            fit(model, train, settings, CPU, validation)
+    bad = [([], "8 messages and labels"), ([labels], "need one label for each")]
+    bad += [([wrong] * 8, "integers from 0 to 1") for wrong in (2, -1, 0.5, float("nan"), "spam")]
+    for wrong, message in bad:
+        with pytest.raises(ValueError, match=message):
+            fit(model, (messages, wrong), settings, CPU)
+        with pytest.raises(ValueError, match=message):
+            fit(model, (messages, labels), settings, CPU, (messages, wrong))
+        with pytest.raises(ValueError, match=message):
+            training.accuracy(model, messages, wrong, CPU)
+    with pytest.raises(ValueError, match="no messages"):
+        fit(model, (messages, labels), settings, CPU, ([], []))
     with pytest.raises(ValueError, match="no messages"):
         predict(model, [], CPU)
     with pytest.raises(ValueError, match="65 tokens do not fit the context of 64"):
         predict(model.train(), [np.zeros(65, dtype=np.int32)], CPU)
     assert model.training  # as it was
+
+
+@pytest.mark.parametrize("message", [[], [100], [-1], [0.5], [[1, 2]], ["you"], 7])
+def test_messages_that_are_no_token_ids_are_refused_by_number(model, messages, message):
+    for call in (
+        lambda encoded: predict(model, encoded, CPU),
+        lambda encoded: fit(model, (encoded, [0, 1]), TrainingSettings(progress=False), CPU),
+    ):
+        with pytest.raises(ValueError, match="message 1 must be token ids, at least one, from 0 to 99"):
+            call([messages[0], message])
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor, lambda labels: np.array(labels, dtype=bool)])
@@ -267,12 +334,51 @@ def test_a_prepared_model_is_evaluated_in_its_own_precision(model, messages):
     assert torch.equal(predict(model, messages, CPU), expected)
 
 
+@pytest.mark.parametrize("value", [0, 1.5, float("nan"), "8"])
 @pytest.mark.parametrize(
-    "name", ["epochs", "batch_size", "bucket", "gradient_accumulation_steps", "max_tokens"]
+    "name", ["epochs", "batch_size", "bucket", "gradient_accumulation_steps", "eval_batch_size", "max_tokens"]
 )
-def test_counts_below_one_are_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
-        TrainingSettings(**{name: 0})
+def test_counts_that_are_no_positive_integers_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, an integer, not {value}"):
+        TrainingSettings(**{name: value})
+
+
+@pytest.mark.parametrize("name, value", [
+    ("learning_rate", 0), ("learning_rate", 1.5), ("learning_rate", float("nan")), ("weight_decay", -1),
+    ("weight_decay", float("inf")), ("seed", -1), ("seed", 0.5), ("seed", 2**63), ("precision", "int3"),
+])
+def test_settings_out_of_their_range_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .*, not .?{value}"):
+        TrainingSettings(**{name: value})
+
+
+def poison(model, value):
+    """Let the training's first step change a weight of the head to `value`."""
+    model.out_head.lora.B.register_hook(lambda grad: torch.full_like(grad, value))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_training_that_diverges_ends_with_the_step(model, messages, precision):
+    settings = TrainingSettings(precision=precision, epochs=1, batch_size=4, progress=False)
+    poison(prepare(model, settings, CPU), float("nan"))
+    with pytest.raises(ValueError, match="the loss of step 2 is nan: lower the learning rate"):
+        fit(model, (messages, [0, 1] * 4), settings, CPU)
+
+
+def test_a_training_that_diverges_in_its_last_step_has_no_accuracy(model, messages):
+    settings = TrainingSettings(precision="float32", epochs=1, progress=False)
+    poison(prepare(model, settings, CPU), float("nan"))
+    pair = messages, [0, 1] * 4
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        fit(model, pair, settings, CPU, validation=pair)
+
+
+def test_a_model_without_anything_to_train_is_refused(model, messages):
+    settings = TrainingSettings(progress=False)
+    with pytest.raises(ValueError, match="call prepare"):
+        fit(model.half(), (messages, [0, 1] * 4), settings, CPU)
+    with pytest.raises(ValueError, match="call prepare"):
+        fit(model.float().requires_grad_(False), (messages, [0, 1] * 4), settings, CPU)
 
 
 def test_precision_follows_the_hardware(monkeypatch):

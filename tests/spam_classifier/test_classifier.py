@@ -4,6 +4,7 @@ import io
 from dataclasses import asdict
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -16,7 +17,10 @@ from spam_classifier.classifier import (
     build_classifier,
     classify,
     encode_messages,
+    encode_splits,
+    finetune,
     load_classifier_adapter,
+    predict_classes,
     save_classifier_adapter,
 )
 
@@ -37,8 +41,25 @@ def test_messages_are_cut_and_empty_ones_refused(tokenizer):
     encoded = encode_messages(["Every effort moves you", "<|endoftext|>"], tokenizer, 3)
     assert encoded[0].tolist() == [6109, 3626, 6100] and encoded[1].dtype == np.int32
     assert len(encoded[1]) == 3  # plain text, not the special token
-    with pytest.raises(ValueError, match="message 1 is empty"):
-        encode_messages(["you", ""], tokenizer, 3)
+    for empty in ("", " \n", None, float("nan")):
+        with pytest.raises(ValueError, match="message 1 is empty"):
+            encode_messages(["you", empty], tokenizer, 3)
+
+
+def test_one_text_instead_of_several_and_sizes_out_of_range_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="a list of texts, not one text"):
+        encode_messages("Every effort", tokenizer, 3)
+    for max_tokens, pad_to in ((0, None), (-1, None), (3, 0), (3, 4), (3, -2)):
+        with pytest.raises(ValueError, match=r"pad_to must be None or from 1 to max_tokens"):
+            encode_messages(["you"], tokenizer, max_tokens, pad_to)
+
+
+def test_splits_without_messages_or_with_words_as_labels_are_refused_by_name(tokenizer):
+    split = pd.DataFrame({"Label": [0, 1], "Text": ["see you", "win"]})
+    words = split.assign(Label=["ham", "spam"])
+    for wrong in (split[:0], words, split.assign(Label=[0.5, float("nan")]), split[["Text"]]):
+        with pytest.raises(ValueError, match="validation must have some rows of a Text and a Label"):
+            encode_splits({"train": split, "validation": wrong}, tokenizer, 8)
 
 
 def test_padded_messages_are_those_of_chapter_6s_dataset(tokenizer):
@@ -92,7 +113,58 @@ def test_an_adapter_of_version_1_with_one_level_of_settings_is_read():
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_an_adapter_that_names_no_gpt2_is_refused():
-    save_adapter(adapted_classifier(), "adapter", {"author": "somebody"})
-    with pytest.raises(ValueError, match="does not say which GPT-2 it adapts"):
+@pytest.mark.parametrize("change", [
+    {"model_size": None}, {"model_size": 7}, {"model_size": ["tiny"]},
+    {"assets": None}, {"assets": "embedded"}, {"assets": {"model": "embedded"}},
+    {"assets": {"model": "embedded", "data": "mine"}}, {"settings": None}, {"settings": {}}, {"settings": []},
+    {"settings": {"seed": -1}}, {"settings": {"training": {"seed": "a"}}},
+    {"pad_to": "all"}, {"pad_to": 1.5},
+], ids=str)
+def test_an_adapter_whose_notes_do_not_name_its_training_is_refused(change):
+    notes = {"model_size": "tiny", "assets": asdict(EMBEDDED), "settings": asdict(SETTINGS)}
+    save_adapter(adapted_classifier(), "adapter", notes | change)
+    with pytest.raises(ValueError, match="does not say which GPT-2 it adapts .*use load_adapter"):
         load_classifier_adapter("adapter", CPU)
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("notes", [None, {"author": "somebody"}, [], ["tiny"]])
+def test_an_adapter_without_the_notes_is_refused(notes):
+    save_adapter(adapted_classifier(), "adapter", notes)
+    with pytest.raises(ValueError, match="does not say which GPT-2 it adapts .*use load_adapter"):
+        load_classifier_adapter("adapter", CPU)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_an_adapter_of_another_model_is_refused_by_what_differs():
+    for full, name in (((), "out_head.lora.B is"), (("head",), "out_head.bias is")):
+        model, _ = build_classifier("tiny", 7)
+        ch06.add_classification_head(model, num_classes=3)
+        settings = LoRASettings(rank=2, train_in_full=full).with_training(seed=7)
+        save_classifier_adapter(settings.adapt(model), "three", "tiny", EMBEDDED, settings)
+        with pytest.raises(ValueError, match=f"{name}.*same head"):
+            load_classifier_adapter("three", CPU)
+
+
+# Training
+
+
+@pytest.mark.usefixtures("stand_ins", "bf16_processor")
+def test_training_messages_of_one_class_are_refused(tokenizer):
+    split = pd.DataFrame({"Label": [1, 1], "Text": ["win", "win more"]})
+    model, encoded = adapted_classifier(), encode_splits({"train": split}, tokenizer, 8)
+    with pytest.raises(ValueError, match="all of one class: both are needed"):
+        finetune(model, encoded, SETTINGS.training, CPU)
+
+
+@pytest.mark.usefixtures("stand_ins", "bf16_processor")
+def test_a_model_of_three_classes_is_trained_but_not_given_the_names_of_two(tokenizer):
+    split = pd.DataFrame({"Label": [0, 1, 2], "Text": ["see you", "win", "buy"]})
+    model, _ = build_classifier("tiny")
+    settings = SETTINGS.with_training(epochs=1, progress=False)
+    settings.adapt(ch06.add_classification_head(model, num_classes=3))
+    encoded = encode_splits({"train": split}, tokenizer, 8)
+    finetune(model, encoded, settings.training, CPU)
+    assert predict_classes(model, encoded["train"][0], CPU).max() < 3
+    with pytest.raises(ValueError, match="3 classes"):
+        classify(model, ["win"], tokenizer, CPU)

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 import ch06
 from spam_classifier.evaluation import (
-    bootstrap,
+    check_binary,
     confusion_matrix,
     find_leaks,
     interval_table,
-    intervals,
     normalise_text,
     scores,
     split_without_leaks,
@@ -69,6 +68,36 @@ def test_the_books_split_leaks_spam_and_ours_does_not(book_data):
     assert not find_leaks(parts[2], parts[0], parts[1])["near"].any()
 
 
+def test_copies_are_found_in_tables_whose_index_repeats_and_in_empty_ones():
+    train = frame((1, "win 100 now"), (0, "see you"))
+    test = pd.concat([train, frame((0, "new"))])  # rows 0, 1, 0
+    leaks = find_leaks(test, train)
+    assert leaks["near"].tolist() == leaks["exact"].tolist() == [True, True, False]
+    assert len(find_leaks(test[:0], train)) == 0 and not find_leaks(test, train[:0])["near"].any()
+    parts = split_without_leaks(test, 0.5, 0.25)
+    assert sorted(pd.concat(parts)["Text"]) == sorted(test["Text"])
+    assert [len(part) for part in split_without_leaks(test[:0], 0.5, 0.25)] == [0, 0, 0]
+
+
+def test_tables_without_texts_are_refused():
+    good, lacking = frame((0, "a"), (1, "b")), frame((0, "a"), (1, None))
+    for call in (
+        lambda: find_leaks(good, lacking), lambda: find_leaks(lacking, good),
+        lambda: split_without_leaks(lacking, 0.5, 0.1),
+    ):
+        with pytest.raises(ValueError, match=r"no text in rows \[1\]: leave them out"):
+            call()
+    with pytest.raises(ValueError, match="no column Text"):
+        find_leaks(good, good[["Label"]])
+    assert not find_leaks(good)["near"].any()  # nothing was seen
+
+
+@pytest.mark.parametrize("fractions", [(-0.1, 0.5), (0.5, -0.1), (0.7, 0.4), (1.5, 0), (float("nan"), 0.1)])
+def test_fractions_that_leave_no_test_part_are_refused(fractions):
+    with pytest.raises(ValueError, match="must not be negative, nor exceed 1 together"):
+        split_without_leaks(frame((0, "a")), *fractions)
+
+
 # Scores
 
 
@@ -79,24 +108,26 @@ def test_scores_and_matrix_are_scikit_learns(pairs):
 
     labels, predictions = np.array(pairs).T
     ours = scores(labels, predictions)
-    assert ours["accuracy"] == pytest.approx(metrics.accuracy_score(labels, predictions))
+    assert ours.loc["accuracy", "value"] == pytest.approx(metrics.accuracy_score(labels, predictions))
     for name, function in (
         ("precision", metrics.precision_score), ("recall", metrics.recall_score), ("F1", metrics.f1_score),
     ):
-        assert ours[name] == pytest.approx(function(labels, predictions, zero_division=0)), name
+        expected = function(labels, predictions, zero_division=0)
+        assert ours.loc[name, "value"] == pytest.approx(expected), name
+    assert ((ours["low"] >= 0) & (ours["low"] <= ours["value"] + 1e-12) & (ours["high"] <= 1)).all()
+    assert ((ours["value"] <= ours["high"] + 1e-12) & (ours["low"] < ours["high"])).all()
     theirs = metrics.confusion_matrix(labels, predictions, labels=[0, 1])
     assert (confusion_matrix(labels, predictions) == theirs).all()
 
 
-def test_bootstrap_intervals_are_seeded_hold_the_value_and_match_the_normal_one():
-    labels = np.arange(300) % 2
-    predictions = np.where(np.arange(300) % 10 == 0, 1 - labels, labels)  # 90% right
-    table = bootstrap(labels, predictions)
-    assert table.equals(bootstrap(labels, predictions))
-    assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
-    half = 1.96 * math.sqrt(0.9 * 0.1 / 300)
-    assert table.loc["accuracy", "low"] == pytest.approx(0.9 - half, abs=0.01)
-    assert table.loc["accuracy", "high"] == pytest.approx(0.9 + half, abs=0.01)
+@pytest.mark.parametrize("labels, predictions", [
+    ([0, 1, 2], [0, 1, 1]), ([0, 1], [0, -1]), ([0, 1], [0.3, 1]), ([0, 1], [0, float("nan")]), ([], []),
+    ([0, 1], [0]), ([[0, 1]], [[0, 1]]), (["ham", "spam"], [0, 1]), (1, 1),
+])
+def test_anything_but_pairs_of_0_and_1_is_refused(labels, predictions):
+    for function in (scores, confusion_matrix, check_binary):
+        with pytest.raises(ValueError, match="must be one 0 or 1 for each message"):
+            function(labels, predictions)
 
 
 @pytest.mark.parametrize("hits, trials, low, high", [
@@ -118,16 +149,43 @@ def test_without_trials_a_fraction_may_be_anything():
     assert wilson(0, 0) == (0, 1)
 
 
-def test_intervals_of_fractions_are_wilsons_and_that_of_f1_is_the_bootstraps():
+@pytest.mark.parametrize("hits, trials", [(-1, 10), (11, 10), (float("nan"), 10), (0, -1)])
+def test_impossible_counts_have_no_interval(hits, trials):
+    with pytest.raises(ValueError, match="hits must be from 0 to"):
+        wilson(hits, trials)
+
+
+def test_every_interval_is_wilsons_and_f1s_that_of_the_jaccard_index():
     labels = np.array([0] * 50 + [1] * 50)
     predictions = labels.copy()
     predictions[:10] = 1  # ten false alarms, no spam missed
-    table = intervals(labels, predictions)
-    expected = {"accuracy": wilson(90, 100), "precision": wilson(50, 60), "recall": wilson(50, 50)}
+    table = scores(labels, predictions)
+    jaccard = np.array(wilson(50, 60))
+    expected = {
+        "accuracy": wilson(90, 100), "precision": wilson(50, 60), "recall": wilson(50, 50),
+        "F1": 2 * jaccard / (1 + jaccard),
+    }
     for name, ends in expected.items():
         assert tuple(table.loc[name, ["low", "high"]]) == pytest.approx(ends), name
-    assert table.loc["F1"].equals(bootstrap(labels, predictions).loc["F1"])
-    assert table["value"].to_dict() == pytest.approx(scores(labels, predictions))
+    assert table["value"].to_dict() == pytest.approx(
+        {"accuracy": 0.9, "precision": 50 / 60, "recall": 1, "F1": 100 / 110}
+    )
+
+
+def test_f1s_interval_holds_the_true_score_in_95_of_100_samples():
+    rng, trials, covered = np.random.default_rng(123), 400, 0
+    true = 2 * 0.45 / (2 * 0.45 + 0.05 + 0.03)  # of 100 messages 45 found, 5 missed, 3 false alarms
+    for _ in range(trials):
+        kinds = rng.choice(4, size=300, p=(0.45, 0.05, 0.03, 0.47))
+        row = scores(np.isin(kinds, (0, 1)), np.isin(kinds, (0, 2))).loc["F1"]
+        covered += row["low"] <= true <= row["high"]
+    assert 0.92 <= covered / trials <= 0.98
+
+
+def test_without_spam_and_alarms_three_scores_are_unknown():
+    table = scores([0] * 20, [0] * 20)
+    assert table.loc["accuracy", "value"] == 1
+    assert table.drop("accuracy").to_numpy().tolist() == [[0, 0, 1]] * 3
 
 
 def test_a_perfect_score_has_an_interval_and_no_wrong_messages():
@@ -135,7 +193,7 @@ def test_a_perfect_score_has_an_interval_and_no_wrong_messages():
     labels = part["Label"].to_numpy()
     many, none = np.tile(labels, 20), labels[:0]
     assert len(interval_table({"all": (many, many), "none": (none, none)})) == 1
-    assert interval_table({"all": (many, many)}).loc["all", "F1"] == "100.0 % (100.0 to 100.0)"
+    assert interval_table({"all": (many, many)}).loc["all", "F1"] == "100.0 % (95.4 to 100.0)"
     assert interval_table({"all": (many, many)}).loc["all", "accuracy"] == "100.0 % (94.0 to 100.0)"
     assert wrong_messages(part, labels).empty
     wrong = wrong_messages(part, [0, 1, 0])
