@@ -18,7 +18,7 @@ from ch06 import SPLITS, add_classification_head, cut_or_pad, encode_message, sp
 from fast_path.settings import TrainingSettings, setting
 from fast_path.training import accuracy, fit, predict, prepare, restore
 from gpt_download import download_and_load_gpt2
-from lora.adapters import load_adapter, read_adapter, save_adapter
+from lora.adapters import read_adapter, save_adapter, set_adapter
 from lora.layers import apply_lora
 from pretrain_tiny import initialise
 
@@ -186,12 +186,11 @@ def save_classifier_adapter(model, folder, size, choice, settings, pad_to=None):
     return save_adapter(model, folder, notes)
 
 
-def read_notes(folder):
+def check_notes(saved, folder):
     """Return the notes of `save_classifier_adapter`, with a `Choice` in "assets", and the head's seed.
 
-    Raises ValueError for an adapter without such notes, and what `read_adapter` raises.
+    Raises ValueError, naming `folder`, for notes `saved` that are others.
     """
-    saved = read_adapter(folder).notes
     try:
         notes = {"pad_to": None, **saved}
         size, pad_to, assets, settings = (
@@ -214,11 +213,12 @@ def load_classifier_adapter(folder, device):
     """Return (model, configuration, notes) of an adapter from `save_classifier_adapter`.
 
     The model is on `device`, in float32 and in eval mode; notes["assets"] is a `Choice`. Raises what
-    `read_notes` and `load_adapter` raise.
+    `read_adapter`, `check_notes` and `set_adapter` raise.
     """
-    notes, seed = read_notes(folder)
+    adapter = read_adapter(folder)
+    notes, seed = check_notes(adapter.notes, folder)
     model, config = build_classifier(notes["model_size"], seed)
-    load_adapter(model, folder)
-    model.float().to(device)  # an adapter's file may be in half precision
+    set_adapter(model, adapter)
+    model.float().to(device)
     use_fused_attention(model)
     return model.eval(), config, notes

@@ -9,7 +9,7 @@ import pytest
 from book_assets.table import REPOSITORY
 from notebooks import ABRIDGED, all_cells, cells, definitions, source
 
-LORA = ("appendix-E/lora/layers", "appendix-E/lora/adapters", "appendix-E/lora/peft_format")
+LORA = tuple(f"appendix-E/lora/{name}" for name in ("layers", "adapters", "files", "peft_format"))
 SPAM = ("appendix-E/spam_classifier/evaluation", "appendix-E/spam_classifier/experiments")
 MIRRORS = {  # notebook: the modules whose definitions it shows
     "ch04/ch04": ("ch04/ch04",),
@@ -47,6 +47,7 @@ SHARED_NAMES = {  # a chapter's own version under a name that an earlier chapter
     "calc_loss_loader": "binds chapter 6's calc_loss_batch to chapter 5's body",
     "evaluate_model": "binds chapter 6's calc_loss_batch to chapter 5's body",
     "main": "every script has one",
+    "write_whole": "lora/ is copied into other projects without the assets' module",
     "REPOSITORY": "the set-up scripts run before anything is installed, on any Python",
 }
 

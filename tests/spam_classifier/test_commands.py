@@ -96,7 +96,7 @@ def test_every_command_has_help(capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["classify", "--adapter", "nowhere", "hello"], "no lora.json in nowhere"),
+    (["classify", "--adapter", "nowhere", "hello"], "no lora.safetensors in nowhere"),
     (["finetune", "--targets", "querry"], "querry"),
     (["finetune", "--rank", "0"], "rank"),
     (["compare", "--methods", "prompt"], "--methods"),

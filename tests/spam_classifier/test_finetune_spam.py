@@ -22,7 +22,7 @@ def run_main(folder, *options):
 def test_the_main_job_reports_accuracies_and_writes_only_into_its_folder(tmp_path, capsys):
     results = run_main(tmp_path / "new" / "results", "--rank", "4", "--scaling", "alpha/rank")
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
-        "accuracy.png", "lora.json", "lora.safetensors", "loss.png", "results.json", "test.csv", "train.csv",
+        "accuracy.png", "lora.safetensors", "loss.png", "results.json", "test.csv", "train.csv",
         "validation.csv",
     ]
     printed = capsys.readouterr().out
