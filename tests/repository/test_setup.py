@@ -137,7 +137,8 @@ def test_all_notebooks_are_read_before_the_first_is_run(content, tmp_path):
 def test_notebooks_run_in_full_with_the_assets_chosen(variable, arguments, assets, tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_ASSETS", variable)
     monkeypatch.setenv("NOTEBOOK_QUICK", "1")
-    write_notebook(tmp_path / "n.ipynb", "from os import environ as e; print(e['LLM_ASSETS'], e['NOTEBOOK_QUICK'])")
+    show = "import os; print(os.environ['LLM_ASSETS'], os.environ['NOTEBOOK_QUICK'])"
+    write_notebook(tmp_path / "n.ipynb", show)
     execute_notebooks.main([*arguments, str(tmp_path / "n.ipynb")])
     (cell,) = nbformat.read(tmp_path / "n.ipynb", as_version=4).cells
     assert cell.outputs[0].text.split() == [assets]
