@@ -115,7 +115,10 @@ def get_tokenizer(folder=EMBEDDED_MODEL):
     ids = json.loads((Path(folder) / "encoder.json").read_text(encoding="utf-8"))
     merges = (Path(folder) / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
     byte_of = printable_bytes()
-    ours = isinstance(ids, dict) and END_OF_TEXT in ids and set().union(*ids) <= byte_of.keys()
+    ours = (
+        isinstance(ids, dict) and END_OF_TEXT in ids and set().union(*ids) <= byte_of.keys()
+        and set(ids.values()) == {*range(len(ids))}
+    )
     if not ours or any(ids.get(merge.replace(" ", "")) != 256 + n for n, merge in enumerate(merges)):
         raise ValueError(
             f"vocab.bpe and encoder.json in {folder} are not GPT-2's or do not belong together: "

@@ -257,7 +257,8 @@ def test_the_tokenizer_encodes_the_real_texts_as_tiktoken_does(tokenizer, tiktok
 
 @pytest.mark.parametrize("ids", [
     '{"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}', '{"ab": 256}', "{}", "[1]", "null",
-    '{"ab": 256, "<|endoftext|>": 257, "▁the": 258}',
+    '{"ab": 256, "<|endoftext|>": 257, "▁the": 258}', '{"a": 0, "b": 0, "<|endoftext|>": 1}',
+    '{"a": "0", "<|endoftext|>": 1}',
 ])
 def test_files_that_do_not_belong_together_or_are_not_gpt2s_are_an_error(ids, tmp_path):
     (tmp_path / "encoder.json").write_text(ids, encoding="utf-8")
