@@ -21,7 +21,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from book_assets import choose_assets
 from book_assets.files import check_outputs, replacing
 
-ASSETS = "model=embedded,data=book"
+DEFAULT = "model=embedded,data=book"
 
 
 def read_notebook(path):
@@ -36,9 +36,10 @@ def read_notebook(path):
     return notebook
 
 
-def execute(path):
-    """Run the notebook at `path` and write it back, with no metadata but the kernel and the cells' tags.
+def execute(path, **variables):
+    """Run the notebook at `path` with these environment variables and write it back.
 
+    Its only metadata are then the kernel and the cells' tags.
     Raises ValueError if a cell fails; the file then is as before.
     """
     notebook = read_notebook(path)
@@ -46,7 +47,7 @@ def execute(path):
     try:
         NotebookClient(
             notebook, timeout=None, kernel_name="python3", coalesce_streams=True, resources=folder
-        ).execute()
+        ).execute(env=os.environ | variables)
     except (CellExecutionError, DeadKernelError) as error:
         raise ValueError(f"{path}: {describe_failure(notebook, error)}; it was not changed") from error
     except AssertionError as error:  # nbclient's, after Ctrl-C has ended the kernel
@@ -75,18 +76,17 @@ def main(arguments=None):
     """Run the command, see --help."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("notebooks", nargs="+", type=Path)
-    add_assets_flag(parser, default=ASSETS)
+    add_assets_flag(parser, default=DEFAULT)
     args = parser.parse_args(arguments)
-    choice = args.assets or choose_assets(ASSETS)
+    choice = args.assets or choose_assets(DEFAULT)
     paths = [path.resolve() for path in args.notebooks]
     for path in paths:
         read_notebook(path)
     check_outputs(*paths)
     assets = f"model={choice.model},data={choice.data}"
-    os.environ |= {"LLM_ASSETS": assets, "NOTEBOOK_QUICK": "", "TQDM_DISABLE": "1"}
     for path in paths:
         start = time.perf_counter()
-        execute(path)
+        execute(path, LLM_ASSETS=assets, NOTEBOOK_QUICK="", TQDM_DISABLE="1")
         print(f"{path}: {time.perf_counter() - start:.0f} s")
 
 

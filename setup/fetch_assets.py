@@ -107,7 +107,7 @@ def tiktoken_command():
     print(f"tiktoken finds GPT-2's vocabulary in {fill_tiktoken_cache()}")
 
 
-def build_parser():
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, function in (("list", list_command), ("fetch", fetch_command), ("tiktoken", tiktoken_command)):
@@ -126,7 +126,7 @@ def build_parser():
 @command
 def main(arguments=None):
     """Run one command, see --help."""
-    options = vars(build_parser().parse_args(arguments))
+    options = vars(make_parser().parse_args(arguments))
     options.pop("command")(**options)
 
 

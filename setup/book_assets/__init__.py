@@ -115,10 +115,15 @@ def get_tokenizer(folder=EMBEDDED_MODEL):
     ids = json.loads((Path(folder) / "encoder.json").read_text(encoding="utf-8"))
     merges = (Path(folder) / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
     byte_of = printable_bytes()
-    if not isinstance(ids, dict) or END_OF_TEXT not in ids or not set().union(*ids) <= byte_of.keys():
-        raise ValueError(f"encoder.json in {folder} is not GPT-2's: fetch it again")
-    if any(ids.get(merge.replace(" ", "")) != 256 + rank for rank, merge in enumerate(merges)):
-        raise ValueError(f"vocab.bpe and encoder.json in {folder} do not belong together: fetch both again")
+    ours = (
+        isinstance(ids, dict) and END_OF_TEXT in ids and set().union(*ids) <= byte_of.keys()
+        and set(ids.values()) == {*range(len(ids))}
+    )
+    if not ours or any(ids.get(merge.replace(" ", "")) != 256 + n for n, merge in enumerate(merges)):
+        raise ValueError(
+            f"vocab.bpe and encoder.json in {folder} are not GPT-2's or do not belong together: "
+            "fetch both again"
+        )
     end_of_text = ids.pop(END_OF_TEXT)
     ranks = {bytes(byte_of[char] for char in token): rank for token, rank in ids.items()}
     return tiktoken.Encoding(

@@ -49,13 +49,17 @@ def read_member(archive, member):
 
 
 def inspect_members(opened, member):
-    """Return the member's entry; raise ArchiveError if it is missing or too large or a name leads outside."""
+    """Return the member's entry; raise ArchiveError if it is missing, too large or compressed oddly, or a
+    name leads outside.
+    """
     for name in opened.namelist():
         if leads_outside(name):
             raise ArchiveError(f"an archive with the member {name!r}, which leads out of its folder")
     entries = [info for info in opened.infolist() if info.filename == member.name]
     if len(entries) != 1:
         raise ArchiveError(f"an archive with {len(entries)} members called {member.name}")
+    if entries[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ArchiveError(f"an archive that compresses {member.name} in an unusual way")
     size = entries[0].file_size
     if size > LARGEST or member.size not in (None, size):
         raise ArchiveError(f"an archive whose {member.name} has {size:,} bytes")

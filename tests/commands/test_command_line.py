@@ -69,9 +69,8 @@ def test_an_error_is_one_line_whatever_the_console_is(run, encoding):
 
 
 def test_input_is_utf_8_with_or_without_a_mark_and_either_line_end(run, encoding):
-    line = b"\xf0\x9f\x8e\x81 a\x0cb"
-    for text in (b"caf\xc3\xa9\n" + line + b"\n", b"\xef\xbb\xbfcaf\xc3\xa9\r\n" + line):
-        ended = run("probe.py", "read", stdin=text, **encoding)
+    for text in ("café\n🎁 a\x0cb\n", "\ufeffcafé\r\n🎁 a\x0cb"):
+        ended = run("probe.py", "read", stdin=text.encode(), **encoding)
         assert ended.out.strip() == ascii(["café", "🎁 a\x0cb"])
 
 
@@ -150,9 +149,7 @@ def test_more_than_the_memory_holds_is_one_line(size, run):
     assert ended.err.splitlines() == ["error: not enough memory: take a smaller rank, batch or model"]
 
 
-@pytest.mark.parametrize(
-    "error", ["KeyError(1)", "RuntimeError('unsupported memory format')", "TypeError(1)"]
-)
+@pytest.mark.parametrize("error", ["KeyError(1)", "RuntimeError('memory format')", "TypeError(1)"])
 def test_a_fault_of_the_program_keeps_its_traceback(error, run):
     ended = run("probe.py", error)
     assert ended.code == 1 and "Traceback" in ended.err

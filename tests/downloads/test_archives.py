@@ -42,6 +42,8 @@ ARCHIVES = {
     "lying_bomb.zip": BOMB.replace(SIZE_OF_BOMB, len(MESSAGES).to_bytes(4, "little")),
     "other.zip": make_zip(("SMSSpamCollection", MESSAGES[::-1])),
     "without.zip": make_zip(("readme", "about")),
+    "bzip2.zip": make_zip(("SMSSpamCollection", MESSAGES), method=zipfile.ZIP_BZIP2),
+    "lzma.zip": make_zip(("SMSSpamCollection", MESSAGES), method=zipfile.ZIP_LZMA),
 }
 REFUSED = {
     "outside.zip": r"'\.\./escaped', which leads out",
@@ -53,6 +55,8 @@ REFUSED = {
     "lying_bomb.zip": "damaged zip archive",
     "other.zip": "SMSSpamCollection has SHA-256",
     "without.zip": "0 members called SMSSpamCollection",
+    "bzip2.zip": "compresses SMSSpamCollection in an unusual way",  # their streams fail in ways of their own
+    "lzma.zip": "compresses SMSSpamCollection in an unusual way",
 }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import book_assets
 from book_assets import AssetsError, Choice, choose_assets, get_tokenizer, in_cache, is_quick
-from book_assets.files import replacing
+from book_assets.files import OutputError, check_outputs, replacing, write_whole
 from book_assets.table import ASSETS, EMBEDDED_MODEL, REPOSITORY
 from fetch_assets import fill_tiktoken_cache
 
@@ -69,7 +70,7 @@ def test_the_pins_are_those_of_the_real_files(book_data):
         ("embedded", Choice("embedded", "embedded")),
         ("model=embedded,data=book", Choice("embedded", "book")),
         ("data=book,model=embedded", Choice("embedded", "book")),
-        (" data=embedded , model=book ", Choice("book", "embedded")),
+        (" data=embedded , model = book ", Choice("book", "embedded")),
     ],
 )
 def test_the_choice_is_the_variable_or_the_argument(text, choice, monkeypatch):
@@ -87,7 +88,10 @@ def test_an_empty_variable_leaves_the_default(monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    ["Book", "tiny", "model=embedded", "model=book,model=book", "model=book,data=mine", "a=b,c=d", ","],
+    [
+        "Book", "bo ok", "tiny", "model=embedded", "model=book,model=book", "model=book,data=mine",
+        "model=em bedded,data=book", "a=b,c=d", ",",
+    ],
 )
 def test_another_choice_is_an_error_that_names_the_choices(text, monkeypatch):
     monkeypatch.setenv("LLM_ASSETS", text)
@@ -137,7 +141,13 @@ def test_the_cache_takes_relative_paths_once(tmp_path, monkeypatch):
     assert in_cache(tmp_path / "gpt2") == tmp_path / "gpt2"
 
 
-# Replacing a file
+def test_a_home_folder_that_does_not_exist_is_an_ordinary_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLM_CACHE_DIR", "~nobody-of-this-name/cache")
+    assert in_cache("gpt2") == tmp_path / "~nobody-of-this-name" / "cache" / "gpt2"
+
+
+# Replacing a file, checking that it can be written
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -159,6 +169,47 @@ def test_after_an_error_the_old_file_is_there_and_nothing_else(error, tmp_path):
         raise error
     assert target.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "🎁" * 60])
+def test_the_longest_name_can_be_replaced(name, tmp_path):
+    check_outputs(tmp_path / name)
+    write_whole(tmp_path / name, "text")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("place, reason", [
+    ("folder", "a folder or device is there"), ("", "a folder or device is there"),
+    ("file/below", "File exists|Not a directory|cannot find"), ("x" * 300, "too long|syntax|cannot find"),
+    ("a\0b", "null"),
+])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(place, reason, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(OutputError, match=rf"cannot be written \(.*({reason}).*\): choose another place"):
+        check_outputs(tmp_path / "good", tmp_path / place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX's devices")
+def test_a_device_is_not_replaced_by_a_file():
+    with pytest.raises(OutputError, match="a folder or device is there"):
+        check_outputs(os.devnull)
+
+
+def test_a_write_protected_file_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    check_outputs(tmp_path / "file")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as for a user who is not root
+    with pytest.raises(OutputError, match="write-protected"):
+        check_outputs(tmp_path / "file")
+
+
+def test_a_check_leaves_the_file_and_makes_the_folder(tmp_path):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    check_outputs(tmp_path / "file", tmp_path / "new" / "folder" / "file")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
 
 
 # The tokenizer
@@ -204,8 +255,13 @@ def test_the_tokenizer_encodes_the_real_texts_as_tiktoken_does(tokenizer, tiktok
         assert count in (None, len(ids))
 
 
-def test_files_that_do_not_belong_together_are_an_error(tmp_path):
-    (tmp_path / "encoder.json").write_text('{"a": 0, "b": 1, "ab": 2}', encoding="utf-8")
+@pytest.mark.parametrize("ids", [
+    '{"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}', '{"ab": 256}', "{}", "[1]", "null",
+    '{"ab": 256, "<|endoftext|>": 257, "▁the": 258}', '{"a": 0, "b": 0, "<|endoftext|>": 1}',
+    '{"a": "0", "<|endoftext|>": 1}',
+])
+def test_files_that_do_not_belong_together_or_are_not_gpt2s_are_an_error(ids, tmp_path):
+    (tmp_path / "encoder.json").write_text(ids, encoding="utf-8")
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\na b\n", encoding="utf-8")
     with pytest.raises(ValueError, match="do not belong together: fetch both again"):
         get_tokenizer(tmp_path)

@@ -1,7 +1,5 @@
 """The command that lists and downloads assets, and fills tiktoken's cache."""
 
-import re
-
 import pytest
 
 import fetch_assets
@@ -55,11 +53,35 @@ def test_fetch_fetches_the_rest_when_one_fails_and_ends_with_the_report(table, t
     assert fetched == ["gpt2/a", "gpt2/b"]
 
 
-@pytest.mark.parametrize("arguments", [["fetch"], ["fetch", "gpt3"]])
-def test_fetch_without_a_known_name_says_what_there_is(arguments, table, capsys):
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize("arguments", [["fetch"], ["fetch", "gpt2/a", "--all"], ["fetch", "gpt3"]])
+def test_fetch_takes_either_known_names_or_all(arguments, table):
+    says = "either the names of assets or --all|no asset 'gpt3': use a name from `list`, or gpt2"
+    with pytest.raises(SystemExit, match=says):
         fetch_assets.main(arguments)
-    assert re.search(r"--all|no asset 'gpt3': use a name from `list`, or gpt2", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["list", "gpt2"], ["list", "--all"], ["tiktoken", "gpt2"], ["tiktoken", "--folder", "x"], ["x"], [],
+])
+def test_an_option_that_would_do_nothing_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        fetch_assets.main(arguments)
+    assert error.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err or len(arguments) < 2
+
+
+def test_an_asset_that_is_named_twice_is_fetched_once(table):
+    assert [asset.name for asset in fetch_assets.find_assets(["gpt2/b", "gpt2", "gpt2/b"])] == [
+        "gpt2/b", "gpt2/a",
+    ]
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/below", "n" * 300])
+def test_a_cache_of_tiktoken_that_cannot_be_written_is_reported_in_one_line(place, tmp_path, monkeypatch):
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / place))
+    with pytest.raises(SystemExit, match="^error: .* cannot be written .*: choose another place$"):
+        fetch_assets.main(["tiktoken"])
 
 
 def test_tiktokens_cache_follows_its_own_variables(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ LAYERS = {  # from the top: each folder, or file of appendix-E or setup, and wha
     "lora": {"appendix_e"},  # a project copies these two
     "fast_path": {"appendix_e", "ch04"},
     "appendix_e": set(),  # only PyTorch: see the test
-    "sample_messages": {"ch06"},
+    "sample_messages": {"ch06"} | SHARED,
     "ch06": {"ch05", "ch04"} | SHARED,
     "ch05": {"ch04"} | SHARED,  # ch05, gpt_download and pretrain_tiny
     "ch04": SHARED,
@@ -55,6 +55,13 @@ LATE = {  # file: {package: reason}
         "IPython": "only notebooks need it, and the main requirements lack it",
     },
 }
+
+
+PRINTED = "appendix-E/appendix_e.py"
+BEFORE_INSTALLATION = (
+    "setup/run_main.py", "setup/run_tests.py", "setup/run_notebooks.py", "setup/make_environment.py",
+    "setup/book_assets/__init__.py", "setup/book_assets/command_line.py", "setup/book_assets/table.py",
+)
 
 
 def read_sources():
@@ -154,12 +161,24 @@ def test_every_late_import_on_the_list_is_still_there():
         assert packages.keys() <= late, f"{path}: no longer late: {packages.keys() - late}"
 
 
-@pytest.mark.parametrize(
-    "path", ["appendix-E/appendix_e.py", "setup/make_environment.py", "setup/book_assets/table.py"]
-)
-def test_what_must_run_anywhere_imports_nothing_but_pytorch(path):
-    names = {top_package(name) for name, _ in find_imports(path, read_sources()[path])}
-    assert names - sys.stdlib_module_names <= {"torch"}
+def test_the_printed_appendix_imports_nothing_but_pytorch():
+    names = {top_package(name) for name, _ in find_imports(PRINTED, read_sources()[PRINTED])}
+    assert names == {"math", "torch"}
+
+
+@pytest.mark.parametrize("path", BEFORE_INSTALLATION)
+def test_what_runs_before_anything_is_installed_needs_only_the_standard_library(path):
+    imports = find_imports(path, read_sources()[path])
+    names = {name for name, late in imports if not late and top_package(name) not in sys.stdlib_module_names}
+    ours = {f"setup/{top_package(name)}" for name in names}
+    assert ours <= {"setup/book_assets", "setup/make_environment"}
+    files = {module_name(file): file for file in read_sources()}
+    assert {find_file(name, files) for name in names} <= {*BEFORE_INSTALLATION}
+
+
+@pytest.mark.parametrize("path", BEFORE_INSTALLATION)
+def test_what_says_which_python_is_needed_runs_on_older_ones(path):
+    ast.parse(read_sources()[path], feature_version=(3, 8))
 
 
 def test_no_test_imports_a_test_and_each_says_what_it_tests():
