@@ -64,9 +64,9 @@ def execute(path, **variables):
 
 def describe_failure(notebook, error):
     """Return the number of the cell that failed, counted as Jupyter does, with the last line of its error."""
-    count = max(cell.execution_count or 0 for cell in notebook.cells if cell.cell_type == "code")
     if isinstance(error, DeadKernelError):
-        return f"Python ended during cell [{count}]; the memory may not have been enough"
+        return "Python ended; the memory may not have been enough"
+    count = max(cell.execution_count or 0 for cell in notebook.cells if cell.cell_type == "code")
     last_line = (error.evalue.strip().splitlines() or [""])[-1]
     return f"cell [{count}]: {error.ename}: {last_line}"
 

@@ -302,7 +302,8 @@ def check_options(args):
         "--parts and --contenders: name each once": any(
             len({*names}) < len(names) for names in (args.parts, args.contenders)
         ),
-        "--seeds are those of --parts accuracy: name this part too": args.seeds and "accuracy" not in args.parts,
+        "--seeds are those of --parts accuracy: name this part too": args.seeds
+        and "accuracy" not in args.parts,
         "--seeds must be from 0, each of them once": args.seeds and (
             min(args.seeds) < 0 or len({*args.seeds}) < len(args.seeds)
         ),
