@@ -105,7 +105,7 @@ def evaluate_command(adapter):
 def classify_command(adapter, messages=(), json_lines=False):
     """Print the label of each message and its probability."""
     texts = messages or [line for line in read_lines() if line.strip()]
-    if not texts:
+    if not any(text.strip() for text in texts):
         raise ValueError("there is no message: give some as arguments, or one per line on standard input")
     device = pick_device()
     model, _, notes = load_classifier_adapter(adapter, device)

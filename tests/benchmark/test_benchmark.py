@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ch06
+from benchmark import run as benchmark_run
 from benchmark.accuracy import compare_accuracy, padded_loaders
 from benchmark.report import (
     Measurement,
@@ -16,7 +17,7 @@ from benchmark.report import (
     table,
     token_seconds,
 )
-from benchmark.run import BATCH, Benchmark, Contender, ContenderError, epoch_rate, read_options, strata
+from benchmark.run import BATCH, Benchmark, Contender, ContenderError, epoch_rate, main, read_options, strata
 from benchmark.sides import CONTENDERS, RANK, TINY, Book, Fast
 from benchmark.weights import write_weights
 from gpt_download import load_gpt2
@@ -212,11 +213,14 @@ def test_a_contender_answers_reports_errors_and_is_named_when_it_ends():
 @pytest.mark.parametrize("arguments, message", [
     (["--device", "abacus"], "--device abacus"),
     (["--threads", "0"], "--threads must be at least 1"),
-    (["--json", "nowhere/speed.json"], "there is no such folder"),
+    (["--json", "."], "cannot be written"),
+    (["--seeds", "1"], "--seeds are those of --parts accuracy"),
+    (["--compile", "--parts", "memory"], "--compile is about our training step"),
     (["--assets", "library"], "'library' is not a choice of assets"),
     (["--contenders", "nobody"], "invalid choice: 'nobody'"),
 ])
-def test_arguments_are_checked_before_anything_is_measured(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        read_options(arguments)
-    assert message in capsys.readouterr().err
+def test_arguments_are_checked_before_anything_is_measured(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_run, "run_benchmark", lambda args: pytest.fail("it measures"))
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert message in f"{end.value}{capsys.readouterr().err}"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import ch05
+import gpt_checkpoint
 from ch04 import GPT_CONFIG_124M, GPTModel
 from ch05 import (
     assign,
@@ -91,7 +92,7 @@ def test_a_pickle_is_never_executed(tmp_path):
             return (os.mkdir, (str(tmp_path / "executed"),))
 
     (tmp_path / "model.pth").write_bytes(pickle.dumps(Evil()))
-    torch.save({"format": ch05.CHECKPOINT_FORMAT, "evil": Evil()}, tmp_path / "zip.pth")
+    torch.save({"format": gpt_checkpoint.CHECKPOINT_FORMAT, "evil": Evil()}, tmp_path / "zip.pth")
     for name in ("model.pth", "zip.pth"):
         with pytest.raises(ValueError, match="cannot be read"):
             read_checkpoint(tmp_path / name)
