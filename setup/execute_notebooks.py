@@ -79,14 +79,13 @@ def main(arguments=None):
     add_assets_flag(parser, default=DEFAULT)
     args = parser.parse_args(arguments)
     choice = args.assets or choose_assets(DEFAULT)
-    paths = [path.resolve() for path in args.notebooks]
-    for path in paths:
+    for path in args.notebooks:
         read_notebook(path)
-    check_outputs(*paths)
+    check_outputs(*args.notebooks)
     assets = f"model={choice.model},data={choice.data}"
-    for path in paths:
+    for path in args.notebooks:
         start = time.perf_counter()
-        execute(path, LLM_ASSETS=assets, NOTEBOOK_QUICK="", TQDM_DISABLE="1")
+        execute(path.resolve(), LLM_ASSETS=assets, NOTEBOOK_QUICK="", TQDM_DISABLE="1")
         print(f"{path}: {time.perf_counter() - start:.0f} s")
 
 

@@ -36,7 +36,7 @@ def command(main):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)  # what a shell reports for it
-        except (*USER_ERRORS, RuntimeError) as error:
+        except Exception as error:
             if not isinstance(error, USER_ERRORS) and not OUT_OF_MEMORY.search(str(error)):
                 raise
             sys.exit(f"error: {explain(error)}")
@@ -49,7 +49,7 @@ def command(main):
 
 def explain(error):
     """Return the message of a user's error; torch's and Python's own say too little about memory."""
-    if isinstance(error, (RuntimeError, MemoryError)):
+    if isinstance(error, MemoryError) or not isinstance(error, USER_ERRORS):
         return "not enough memory: take a smaller rank, batch or model"
     if isinstance(error, ImportError) and error.name:  # from Python, not from us
         return f"{error}: python setup/check_environment.py says what to install"

@@ -102,7 +102,7 @@ def expected_hash(asset, path):
     record = record_path(path)
     if asset.sha256 or not record.exists():
         return asset.sha256
-    return next(iter(record.read_text(encoding="utf-8").split()), None)
+    return next(iter(record.read_text(encoding="utf-8", errors="replace").split()), None)
 
 
 def write_record(path, sha256):

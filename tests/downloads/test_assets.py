@@ -17,6 +17,7 @@ from book_assets.files import OutputError, check_outputs, replacing, write_whole
 from book_assets.table import ASSETS, EMBEDDED_MODEL, REPOSITORY
 from fetch_assets import fill_tiktoken_cache
 
+POSIX = pytest.mark.skipif(os.name == "nt", reason="needs POSIX's file names and devices")
 HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -171,6 +172,7 @@ def test_after_an_error_the_old_file_is_there_and_nothing_else(error, tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+@POSIX
 @pytest.mark.parametrize("name", ["x" * 255, "🎁" * 60])
 def test_the_longest_name_can_be_replaced(name, tmp_path):
     check_outputs(tmp_path / name)
@@ -180,8 +182,8 @@ def test_the_longest_name_can_be_replaced(name, tmp_path):
 
 @pytest.mark.parametrize("place, reason", [
     ("folder", "a folder or device is there"), ("", "a folder or device is there"),
-    ("file/below", "File exists|Not a directory|cannot find"), ("x" * 300, "too long|syntax|cannot find"),
-    ("a\0b", "null"),
+    ("file/below", "exists|Not a directory"), ("a\0b", "null"),
+    pytest.param("x" * 300, "too long", marks=POSIX),
 ])
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(place, reason, tmp_path):
     (tmp_path / "folder").mkdir()
@@ -191,7 +193,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(place, reason
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX's devices")
+@POSIX
 def test_a_device_is_not_replaced_by_a_file():
     with pytest.raises(OutputError, match="a folder or device is there"):
         check_outputs(os.devnull)

@@ -111,6 +111,13 @@ def test_the_first_download_of_an_unpinned_file_is_recorded_and_enforced(server,
         fetch(unpinned(server.url("a.bin")), tmp_path, retry)
 
 
+def test_a_damaged_record_is_named(tmp_path):
+    (tmp_path / "a.bin").write_bytes(DATA)
+    (tmp_path / "a.bin.sha256").write_bytes(b"\xff\xfe")
+    with pytest.raises(DownloadError, match=r"delete it \(and a\.bin\.sha256\)"):
+        fetch(unpinned("https://nowhere.invalid/a.bin"), tmp_path)
+
+
 def test_an_unpinned_file_put_there_by_hand_is_recorded(tmp_path):
     (tmp_path / "a.bin").write_bytes(DATA)
     fetch(unpinned("https://nowhere.invalid/a.bin"), tmp_path)
