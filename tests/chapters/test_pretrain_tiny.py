@@ -261,9 +261,9 @@ def corpus(tmp_path):
     return tmp_path / "corpus"
 
 
-def arguments(corpus, **changes):
-    folder = corpus.parent
-    options = {"corpus": corpus, "work-dir": folder / "work", "export": folder / "out", "steps": 2} | changes
+def arguments(texts, **changes):
+    folder = texts.parent
+    options = {"corpus": texts, "work-dir": folder / "work", "export": folder / "out", "steps": 2} | changes
     return [f"--{name}={value}" for name, value in options.items()]
 
 
@@ -309,7 +309,9 @@ def test_a_damaged_text_is_named(quick, corpus, capsys, name, content):
     assert f"{name} cannot be read" in message and "leave it out" in message
 
 
-@pytest.mark.parametrize(("name", "remedy"), [("tokens.npz", "delete it"), ("checkpoint.pt", "another --work-dir")])
+@pytest.mark.parametrize(("name", "remedy"), [
+    ("tokens.npz", "delete it"), ("checkpoint.pt", "another --work-dir"),
+])
 def test_a_damaged_file_of_an_earlier_run_is_named_with_the_remedy(quick, corpus, capsys, name, remedy):
     pretrain_tiny.main(arguments(corpus))
     path = corpus.parent / "work" / name
