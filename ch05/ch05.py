@@ -231,7 +231,7 @@ def plot_curves(epochs_seen, counts_seen, counted, curves, ylabel, save_as=None)
         ax.plot(epochs_seen, values, style, marker=marker, label=label)
         upper.plot(counts_seen, values, alpha=0)  # only to scale the axis
     ax.set(xlabel="epochs", ylabel=ylabel)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.legend()
     upper.set_xlabel(f"{counted} seen")
     if save_as:
