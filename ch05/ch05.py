@@ -26,10 +26,15 @@ from gpt_download import CONFIG_NAMES, download_and_load_gpt2
 class GPTDatasetV1(Dataset):
     """Windows of `max_length` tokens, one every `stride` tokens; targets are one token later.
 
-    Item: (input ids, target ids), both int64 (max_length,). Raises ValueError if the text is too short.
+    Item: (input ids, target ids), both int64 (max_length,). Raises ValueError if the text is too short,
+    or if one of the numbers is below 1.
     """
 
     def __init__(self, txt, tokenizer, max_length, stride):
+        if max_length < 1 or stride < 1:
+            raise ValueError(
+                f"max_length {max_length}, stride {stride}: both must be 1 or more"
+            )
         token_ids = tokenizer.encode(txt, allowed_special={"<|endoftext|>"})
         if len(token_ids) <= max_length:
             raise ValueError(
@@ -173,6 +178,8 @@ def train_model_simple(
     batches, for eval_freq or eval_iter below 1, and if the training diverges. Source: section 5.2.
     """
     check_training(train_loader, val_loader, eval_freq, eval_iter)
+    if not start_context:
+        raise ValueError("start_context is empty: give it a word, or <|endoftext|>")
     train_losses, val_losses, track_tokens_seen = [], [], []
     tokens_seen, global_step = 0, -1
     for epoch in range(num_epochs):
@@ -224,12 +231,12 @@ def plot_curves(epochs_seen, counts_seen, counted, curves, ylabel, save_as=None)
         ax.plot(epochs_seen, values, style, marker=marker, label=label)
         upper.plot(counts_seen, values, alpha=0)  # only to scale the axis
     ax.set(xlabel="epochs", ylabel=ylabel)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.legend()
     upper.set_xlabel(f"{counted} seen")
     if save_as:
         with replacing(save_as) as partial:
-            fig.savefig(partial, format=Path(save_as).suffix[1:] or None)
+            fig.savefig(partial, format=Path(save_as).suffix[1:] or "png")
     plt.close(fig)  # a notebook shows the returned figure, once
     return fig
 
@@ -274,13 +281,15 @@ def generate(
 
     A row that has drawn `eos_id` is filled up with it; when every row has, generation ends before
     that token is appended. `use_cache=True` gives the same tokens without reading the prompt again at
-    every step. Raises ValueError for an empty prompt, top_k < 1, context_size < 1 or a negative
-    temperature. Source: section 5.3.
+    every step. Raises ValueError for an empty prompt, top_k < 1, context_size < 1, max_new_tokens < 0
+    and a temperature that is negative or not finite. Source: section 5.3.
     """
-    if temperature < 0 or (top_k is not None and top_k < 1):
+    if not 0 <= temperature < torch.inf or (top_k is not None and top_k < 1):
         raise ValueError(
             f"need temperature >= 0 and top_k >= 1, not {temperature} and {top_k}"
         )
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens {max_new_tokens}: it must be 0 or more")
     if idx.shape[1] < 1 or context_size < 1:
         raise ValueError(
             "need at least one token (<|endoftext|> begins a new text) "
@@ -314,10 +323,11 @@ def assign(left, right):
     """Return `right` as a Parameter with the dtype and device of `left`; ValueError if it does not fit."""
     if left.is_meta:
         raise ValueError("the model is on the meta device: build it on the CPU first")
+    right = torch.as_tensor(right)
     here, there = tuple(left.shape), tuple(right.shape)
     if here != there:
         raise ValueError(f"the model's shape is {here}, the weights' {there}")
-    return nn.Parameter(torch.empty_like(left).copy_(torch.as_tensor(right)))
+    return nn.Parameter(torch.empty_like(left).copy_(right))
 
 
 def linear_weights(name, linear, arrays):
@@ -365,6 +375,11 @@ def load_weights_into_gpt(gpt, params):
     params["lm_head"] (V, D), if present, is an output head of its own. Raises ValueError that names what
     does not fit (a shape, an adapted layer, a model on the meta device), and leaves `gpt` unchanged.
     """
+    if missing := {"wte", "wpe", "blocks", "g", "b"} - params.keys():
+        raise ValueError(
+            f"params lack {sorted(missing)}: pass the second value "
+            "that download_and_load_gpt2 returns"
+        )
     ours, theirs = len(gpt.trf_blocks), len(params["blocks"])
     if ours != theirs:
         raise ValueError(f"the model has {ours} blocks, the weights {theirs}")

@@ -6,12 +6,13 @@ classifiers, which `ch06` exports.
 
 import pickle
 import re
+from numbers import Integral
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from book_assets.files import replacing
+from book_assets.files import check_outputs, replacing
 from ch04 import GPTModel
 
 CHECKPOINT_FORMAT = "gpt-from-scratch/1"
@@ -20,8 +21,10 @@ CHECKPOINT_FORMAT = "gpt-from-scratch/1"
 def write_checkpoint(path, checkpoint):
     """Write the dictionary `checkpoint`; an existing file is replaced only by one that can be read again.
 
-    Raises ValueError if it contains anything but tensors and plain Python values, OSError for a full disk.
+    Raises ValueError if it contains anything but tensors and plain Python values, or if no file can be
+    written there; OSError for a full disk.
     """
+    check_outputs(path)
     with replacing(path) as partial:
         try:
             torch.save(checkpoint, partial)
@@ -44,6 +47,8 @@ def rebuild_model(config, state, path):
     """
     if any("lora" in name.lower() for name in state):
         raise ValueError(f"{path}: the model has LoRA layers: merge_lora first, or use save_adapter")
+    if any(getattr(value, "is_meta", False) for value in state.values()):
+        raise ValueError(f"{path}: the model is on the meta device, without values: load some first")
     try:
         model = GPTModel(config)
         if "out_head.bias" in state:
@@ -117,11 +122,19 @@ def load_checkpoint(path, device="cpu"):
 # Chapter 6's classifiers
 
 
+def check_max_length(max_length):
+    """Raise ValueError unless `max_length` is a whole number of tokens, 1 or more, or None."""
+    whole = max_length is None or isinstance(max_length, Integral)
+    if not whole or (max_length is not None and max_length < 1):
+        raise ValueError(f"max_length {max_length!r}: use at least 1 token, or None")
+
+
 def save_classifier(path, model, config, max_length):
     """Write the classifier with its `config` and the `max_length` to which its messages were padded.
 
     None stands for no padding. Raises ValueError for a language model, and as `save_checkpoint` does.
     """
+    check_max_length(max_length)
     if "out_head.bias" not in model.state_dict():
         raise ValueError("not a classifier: call add_classification_head first")
     save_checkpoint(path, model, config, max_length=max_length)

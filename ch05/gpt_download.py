@@ -9,14 +9,17 @@ head is not the token embedding, as OpenAI's is, gives "lm_head" (V, D) too.
 """
 
 import json
+import os
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from book_assets import in_cache
 from book_assets.downloads import fetch
+from book_assets.files import replacing, write_whole
 from book_assets.table import ASSETS, EMBEDDED_MODEL
 
 CONFIG_NAMES = {  # in hparams.json: in the configuration of a GPTModel
@@ -105,11 +108,12 @@ def add_small_files(folder, model_size):
     """Put the vocabulary (the same for every GPT-2) and hparams.json beside a safetensors file."""
     for file in ("encoder.json", "vocab.bpe"):
         if not (folder / file).exists():
-            shutil.copyfile(EMBEDDED_MODEL / file, folder / file)
+            with replacing(folder / file) as partial:
+                shutil.copyfile(EMBEDDED_MODEL / file, partial)
     width, layers, heads = MODEL_SIZES[model_size]
     hparams = dict(zip(CONFIG_NAMES, (50257, 1024, width, heads, layers), strict=True))
     if not (folder / "hparams.json").exists():
-        (folder / "hparams.json").write_text(json.dumps(hparams), encoding="utf-8")
+        write_whole(folder / "hparams.json", json.dumps(hparams))
 
 
 def load_gpt2(folder, source=None):
@@ -142,14 +146,26 @@ def read_settings(path):
     return settings
 
 
+@contextmanager
+def working_in(folder):
+    """Make `folder` the current one for a while: TensorFlow takes brackets in a path for a pattern."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def load_gpt2_params_from_tf_ckpt(ckpt_path, settings):
     """Return params from a TensorFlow checkpoint (path prefix): variables such as model/h0/attn/c_attn/w."""
     tf = import_tensorflow()
     params = {"blocks": [{} for _ in range(settings["n_layer"])]}
     try:
-        reader = tf.train.load_checkpoint(ckpt_path)
-        names = [name for name in reader.get_variable_to_shape_map() if name.startswith("model/")]
-        arrays = {name: reader.get_tensor(name) for name in names}  # others are an optimizer's
+        with working_in(Path(ckpt_path).parent):
+            reader = tf.train.load_checkpoint(Path(ckpt_path).name)
+            names = [name for name in reader.get_variable_to_shape_map() if name.startswith("model/")]
+            arrays = {name: reader.get_tensor(name) for name in names}  # others are an optimizer's
     except (tf.errors.OpError, RuntimeError, IndexError) as error:  # IndexError: a short read
         raise damaged_error(ckpt_path, error) from error
     for name, array in arrays.items():

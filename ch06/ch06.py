@@ -5,7 +5,6 @@ Shapes in comments: B batch, T tokens, C classes. Accuracies are fractions betwe
 """
 
 from itertools import islice
-from numbers import Integral
 
 import pandas as pd
 import torch
@@ -17,7 +16,7 @@ import ch05
 from book_assets import in_cache
 from book_assets.downloads import fetch_spam_data
 from book_assets.table import EMBEDDED_MESSAGES
-from gpt_checkpoint import load_classifier, save_classifier  # noqa: F401 (section 6.8)
+from gpt_checkpoint import check_max_length, load_classifier, save_classifier  # noqa: F401 (section 6.8)
 
 LABELS = {"ham": 0, "spam": 1}
 SPLITS = ("train", "validation", "test")
@@ -68,8 +67,7 @@ def balanced_messages(choice):
 
 def spam_splits(choice):
     """Return {"train", "validation", "test": DataFrame}: `balanced_messages`, split as in the book."""
-    splits = random_split(balanced_messages(choice), 0.7, 0.1)
-    return dict(zip(SPLITS, splits, strict=True))
+    return dict(zip(SPLITS, random_split(balanced_messages(choice), 0.7, 0.1), strict=True))
 
 
 def check_labels(labels, known, remedy):
@@ -80,9 +78,10 @@ def check_labels(labels, known, remedy):
 
 
 def create_balanced_dataset(df, labels=LABELS):
-    """Return equally many rows of each of `labels`, in their order; larger classes are sampled.
+    """Return equally many rows of each of `labels`, in their order, sampled with random_state 123.
 
-    random_state is 123. Raises ValueError for other labels, or if a class has no rows. Source: section 6.2.
+    Only the smallest class, unless it is the first, is not sampled and so keeps its rows' order. Raises
+    ValueError for other labels, or if a class has no rows. Source: section 6.2.
     """
     remedy = "balance before mapping to numbers, or name your labels with labels="
     check_labels(df["Label"], labels, remedy)
@@ -90,11 +89,9 @@ def create_balanced_dataset(df, labels=LABELS):
     size = min(map(len, (first, *others)))
     if size == 0:
         raise ValueError(f"a class of {list(labels)} has no rows: each needs some")
-    sampled = [first.sample(size, random_state=123)]
-    for rows in others:  # the smallest keeps its order: the book's split needs it
-        larger = len(rows) > size
-        sampled.append(rows.sample(size, random_state=123) if larger else rows)
-    return pd.concat(sampled)
+    first = first.sample(size, random_state=123)
+    others = [g.sample(size, random_state=123) if len(g) > size else g for g in others]
+    return pd.concat([first, *others])
 
 
 def random_split(df, train_frac, validation_frac):
@@ -104,7 +101,7 @@ def random_split(df, train_frac, validation_frac):
     Source: section 6.2.
     """
     fractions = (train_frac, validation_frac)
-    if min(fractions) < 0 or sum(fractions) > 1:
+    if not (min(fractions) >= 0 and sum(fractions) <= 1):
         raise ValueError(
             f"fractions {fractions} must not be negative, nor exceed 1 together: "
             "what they leave is the test part"
@@ -131,13 +128,6 @@ def encode_message(text, tokenizer):
 def cut_or_pad(token_ids, length, pad_token_id=50256):
     """Return exactly `length` ids: the first ones, or all of them followed by `pad_token_id`."""
     return token_ids[:length] + [pad_token_id] * (length - len(token_ids))
-
-
-def check_max_length(max_length):
-    """Raise ValueError unless `max_length` is a whole number of tokens, 1 or more, or None."""
-    whole = max_length is None or isinstance(max_length, Integral)
-    if not whole or (max_length is not None and max_length < 1):
-        raise ValueError(f"max_length {max_length!r}: use at least 1 token, or None")
 
 
 class SpamDataset(Dataset):
@@ -171,9 +161,9 @@ def read_labelled_csv(csv_file):
     """Return the DataFrame (Label 0, 1 …, Text not empty) of a CSV file; ValueError for anything else."""
     try:
         df = pd.read_csv(csv_file, dtype=str, keep_default_na=False)
-    except pd.errors.EmptyDataError:
-        problem = f"{csv_file} is empty: write the split with to_csv first"
-        raise ValueError(problem) from None
+    except ValueError as error:  # pandas' own, and UnicodeDecodeError
+        problem = f"{csv_file} is empty or no CSV file in UTF-8 ({str(error).strip()})"
+        raise ValueError(f"{problem}: write the split with to_csv") from error
     if not {"Label", "Text"} <= set(df.columns):
         raise ValueError(
             f"{csv_file} must have the columns Label and Text, "
@@ -197,6 +187,8 @@ def read_labelled_csv(csv_file):
 
 def add_classification_head(model, num_classes=2):
     """Replace `model.out_head` in place with a new linear layer (D to num_classes); return `model`."""
+    if num_classes < 2:
+        raise ValueError(f"num_classes {num_classes}: there must be at least 2")
     weight = model.tok_emb.weight
     model.out_head = nn.Linear(weight.shape[1], num_classes).to(weight)
     return model
@@ -214,14 +206,21 @@ def unfreeze_last_block(model):
 
 
 def class_logits(input_batch, target_batch, model, device):
-    """Return the last token's logits (B, C), inputs (B, T); ValueError for targets (B,) of C or more."""
+    """Return the last token's logits (B, C), inputs (B, T); ValueError for targets (B,) not in 0 … C − 1."""
     logits = model(input_batch.to(device))[:, -1, :]  # (B, C)
-    if target_batch.max() >= logits.shape[1]:
+    if target_batch.min() < 0 or target_batch.max() >= logits.shape[1]:
         raise ValueError(
-            f"label {target_batch.max()}, but the head has {logits.shape[1]} classes: "
-            "use add_classification_head with num_classes"
+            f"labels {target_batch.tolist()}, but the head has {logits.shape[1]} "
+            "classes: use add_classification_head with num_classes"
         )
     return logits
+
+
+def predicted_classes(logits):
+    """Return the index of the largest of each row's logits (B, C), (B,); ValueError for NaN."""
+    if logits.isnan().any():
+        raise ValueError("the model answers NaN: train it again at a lower learning rate")
+    return logits.argmax(dim=-1)
 
 
 def calc_accuracy_loader(data_loader, model, device, num_batches=None):
@@ -235,7 +234,7 @@ def calc_accuracy_loader(data_loader, model, device, num_batches=None):
     for input_batch, target_batch in islice(data_loader, num_batches):
         with torch.no_grad():
             logits = class_logits(input_batch, target_batch, model, device)
-        hits = logits.argmax(dim=-1) == target_batch.to(device)
+        hits = predicted_classes(logits) == target_batch.to(device)
         correct += hits.sum().item()
         examples += len(target_batch)
     return correct / examples if examples else float("nan")
@@ -342,10 +341,10 @@ def classify_review(
     length = min(max_length or len(input_ids), context_length)
     input_ids = cut_or_pad(input_ids, length, pad_token_id)
     with torch.no_grad():
-        logits = model(torch.tensor([input_ids], device=device))[0, -1]  # (C,)
-    if len(logits) != len(classes):
+        logits = model(torch.tensor([input_ids], device=device))[:, -1]  # (1, C)
+    if logits.shape[1] != len(classes):
         raise ValueError(
-            f"the head has {len(logits)} classes, not {len(classes)}: "
+            f"the head has {logits.shape[1]} classes, not {len(classes)}: "
             "name them with classes="
         )
-    return classes[logits.argmax().item()]
+    return classes[predicted_classes(logits).item()]

@@ -164,6 +164,12 @@ def test_a_text_shorter_than_a_window_is_refused_with_the_remedy(tokenizer, text
         GPTDatasetV1(text, tokenizer, max_length=4, stride=1)
 
 
+@pytest.mark.parametrize(("max_length", "stride"), [(0, 1), (-1, 1), (4, 0), (4, -2)])
+def test_windows_of_no_tokens_or_without_a_next_one_are_refused(tokenizer, max_length, stride):
+    with pytest.raises(ValueError, match="both must be 1 or more"):
+        GPTDatasetV1("one two three four five six", tokenizer, max_length, stride)
+
+
 def test_a_text_with_too_few_windows_for_a_batch_is_refused_unless_the_last_may_be_small():
     text = "one two three four five six"
     with pytest.raises(ValueError, match=r"2 windows make no batch of 3: .* drop_last=False"):

@@ -133,6 +133,9 @@ def test_the_cache_reads_the_prompt_once(tiny_gpt, prompts, monkeypatch):
     ("settings", "message"),
     [
         ({"temperature": -1.0}, "temperature >= 0"),
+        ({"temperature": float("nan")}, "temperature >= 0"),
+        ({"temperature": float("inf")}, "temperature >= 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens -1: it must be 0 or more"),
         ({"top_k": 0}, "top_k >= 1"),
         ({"top_k": -3}, "top_k >= 1"),
         ({"context_size": 0}, "context_size >= 1"),

@@ -247,3 +247,90 @@ def test_the_shipped_shape_is_small_with_gpt2s_vocabulary():
     count = sum(parameter.numel() for parameter in model.parameters())
     assert TINY_CONFIG["vocab_size"] == 50257 and TINY_CONFIG["context_length"] >= 256
     assert 2 * count < 28e6  # bytes in half precision; with the vocabulary, under 30 MB
+
+
+# The command
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder with one text, longer than a window of the small configuration in both parts."""
+    (tmp_path / "corpus").mkdir()
+    text = "\n<|endoftext|>\n".join(f"story {n} " + "the cat sat on the mat " * 20 for n in range(9))
+    (tmp_path / "corpus" / "a.txt").write_text(text, encoding="utf-8")
+    return tmp_path / "corpus"
+
+
+def arguments(texts, **changes):
+    folder = texts.parent
+    options = {"corpus": texts, "work-dir": folder / "work", "export": folder / "out", "steps": 2} | changes
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+@pytest.fixture
+def quick(small, monkeypatch):
+    """Steps of milliseconds with the whole vocabulary."""
+    monkeypatch.setattr(pretrain_tiny, "TINY_CONFIG", SMALL | {"vocab_size": 50257})
+
+
+def test_the_command_writes_whole_files_and_a_model_that_loads(quick, corpus):
+    pretrain_tiny.main(arguments(corpus))
+    folder = corpus.parent
+    assert {path.name for path in (folder / "out").iterdir()} == {"model.safetensors", "hparams.json"}
+    names = {path.name for path in (folder / "work").iterdir()} - {"log.jsonl.lock"}
+    assert names == {"tokens.npz", "checkpoint.pt", "log.jsonl"}
+    assert load_gpt2(folder / "out")[0]["n_embd"] == SMALL["emb_dim"]
+
+
+def one_line(call, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call()
+    message = str(stop.value.code)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"steps": 0}, "0 steps train nothing"),
+    ({"corpus": "/nowhere"}, "No such file"),
+    ({"export": "/proc/nowhere"}, "cannot be written"),
+])
+def test_a_users_error_is_one_line_before_any_work(quick, corpus, monkeypatch, capsys, changes, message):
+    monkeypatch.setattr(pretrain_tiny, "pretrain", None)  # whoever calls it fails
+    assert message in one_line(lambda: pretrain_tiny.main(arguments(corpus, **changes)), capsys)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("b.txt", b"caf\xe9 " * 90), ("b.txt.gz", b"no gzip"), ("b.txt.gz", gzip.compress(b"word " * 900)[:-9]),
+])
+def test_a_damaged_text_is_named(quick, corpus, capsys, name, content):
+    (corpus / name).write_bytes(content)
+    message = one_line(lambda: pretrain_tiny.main(arguments(corpus)), capsys)
+    assert f"{name} cannot be read" in message and "leave it out" in message
+
+
+@pytest.mark.parametrize(("name", "remedy"), [
+    ("tokens.npz", "delete it"), ("checkpoint.pt", "another --work-dir"),
+])
+def test_a_damaged_file_of_an_earlier_run_is_named_with_the_remedy(quick, corpus, capsys, name, remedy):
+    pretrain_tiny.main(arguments(corpus))
+    path = corpus.parent / "work" / name
+    path.write_bytes(path.read_bytes()[:99])
+    message = one_line(lambda: pretrain_tiny.main(arguments(corpus, steps=3)), capsys)
+    assert str(path) in message and remedy in message
+
+
+def test_a_corpus_shorter_than_a_window_is_refused(small, tmp_path):
+    train, held_out = small
+    for parts in ((train[:5], held_out), (train, held_out[:5])):
+        with pytest.raises(ValueError, match="take a larger corpus"):
+            pretrain(*parts, tmp_path, Schedule(steps=1))
+
+
+def test_a_diverged_run_does_not_replace_its_checkpoint(small, tmp_path, monkeypatch):
+    pretrain(*small, tmp_path, Schedule(steps=2), batch_size=3, every=2)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(Schedule, "rate", lambda self, step: math.inf)
+    with pytest.raises(ValueError, match="not finite after 4 steps"):
+        pretrain(*small, tmp_path, Schedule(steps=4), batch_size=3, every=2)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
