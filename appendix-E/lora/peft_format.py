@@ -192,7 +192,7 @@ def check_readable(model, adapter):
     check_shared(model, adapter)
     parts, modules = base_parts(model), modules_in_full(adapter)
     for name in modules:
-        longer = [n for n in parts if n.endswith(name) and n != name]  # as PEFT compares them
+        longer = [n for n in parts if n.endswith(name) and n not in modules]  # as PEFT compares
         within = [n for n in adapter.layers if f"{n}.".startswith(f"{name}.")]
         if not name:
             reason = "a parameter of the model itself, in none of its modules, is trained"
