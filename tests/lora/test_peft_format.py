@@ -210,7 +210,7 @@ def without(model, layer):
     adapt("all"),
     lambda: without(adapt("all")(), "b.a"),  # no suffix separates a from b.a
     adapt("again", ["b.norm.weight"]),
-    adapt("again", ["norm.weight", "b.norm.weight"]),  # as DistilBERT's classifier and pre_classifier
+    adapt("again", ["norm.weight", "b.norm.weight", "batch_norm.weight"]),  # all that ends in norm
     adapt("all", ["b.norm.weight", "b.norm.bias", "batch_norm.weight"]),
 ])
 def test_peft_reads_what_we_export(make, tmp_path):
