@@ -188,8 +188,8 @@ def print_files(results, folder):
     """Print how long the main job took, what it has written and what to do with it."""
     print(f"{results['seconds']} s, of these {results['training_seconds']} s training. Written:")
     print(*(f"  {path}" for path in output_files(folder)), sep="\n")
-    classify = "python appendix-E/lora_in_practice.py classify"
-    print(f'Try it: {classify} --adapter "{folder}" "Are we still on for dinner?"')
+    script = Path(__file__).with_name("lora_in_practice.py")  # the reader may be in another folder
+    print(f'Try it: "{sys.executable}" "{script}" classify --adapter "{folder}" "Are we still on for dinner?"')
 
 
 def parse_arguments(arguments=None):
