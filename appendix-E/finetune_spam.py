@@ -189,7 +189,8 @@ def print_files(results, folder):
     print(f"{results['seconds']} s, of these {results['training_seconds']} s training. Written:")
     print(*(f"  {path}" for path in output_files(folder)), sep="\n")
     script = Path(__file__).with_name("lora_in_practice.py")  # the reader may be in another folder
-    print(f'Try it: "{sys.executable}" "{script}" classify --adapter "{folder}" "Are we still on for dinner?"')
+    classify = f'"{sys.executable}" "{script}" classify --adapter "{folder}"'
+    print(f'Try it: {classify} "Are we still on for dinner?"')
 
 
 def parse_arguments(arguments=None):
