@@ -301,7 +301,8 @@ def test_a_users_error_is_one_line_before_any_work(quick, corpus, monkeypatch, c
 
 
 @pytest.mark.parametrize(("name", "content"), [
-    ("b.txt", b"caf\xe9 " * 90), ("b.txt.gz", b"no gzip"), ("b.txt.gz", gzip.compress(b"word " * 900, mtime=0)[:-9]),
+    ("b.txt", b"caf\xe9 " * 90), ("b.txt.gz", b"no gzip"),
+    ("b.txt.gz", gzip.compress(b"word " * 900, mtime=0)[:-9]),
 ])
 def test_a_damaged_text_is_named(quick, corpus, capsys, name, content):
     (corpus / name).write_bytes(content)
