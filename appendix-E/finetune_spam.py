@@ -82,12 +82,13 @@ def accuracy_by_split(model, loaders, device, num_batches=None):
 
 
 def put_lora_in(model, rank, alpha, scaling):
-    """Freeze `model`, put LoRA into every linear layer; print the trainable parameters after each step."""
-    print(f"Trainable parameters: {count_parameters(model)[0]:,}", end="")
+    """Freeze `model`, put LoRA into every linear layer; print the trainable parameters of each step."""
+    at_first, _ = count_parameters(model)
     freeze(model)
-    print(f" → frozen: {count_parameters(model)[0]:,}", end="")
+    frozen, _ = count_parameters(model)
     replace_linear_with_lora(model, rank, alpha, scaling=scaling)
-    print(f" → LoRA of rank {rank}: {count_parameters(model)[0]:,}", flush=True)
+    added, _ = count_parameters(model)
+    print(f"Trainable parameters: {at_first:,} → frozen: {frozen:,} → LoRA of rank {rank}: {added:,}")
 
 
 def train_with_lora(model, loaders, device, *, epochs, learning_rate, weight_decay, seed):
