@@ -191,8 +191,11 @@ def warn_of_the_rest(model, trained=()):
 
     Embeddings, which are meant to have none, and the modules in `trained` do not count.
     """
-    known = (LinearWithLoRA, nn.Linear, nn.Embedding, nn.EmbeddingBag)
-    found = [m for m in model.modules() if m in trained or isinstance(m, known)]
+    known = (nn.Linear, nn.Embedding, nn.EmbeddingBag)
+    found = [
+        m for m in model.modules()
+        if m in trained or isinstance(m, known) or hasattr(m, "lora")  # a notebook's own LinearWithLoRA too
+    ]
     covered = {part for module in found for part in module.modules()}
     rest = [
         f"{path}.{name} ({type(module).__name__})".lstrip(".")

@@ -96,7 +96,7 @@ def read_checkpoint(path, device="cpu"):
         reason = "it holds more than tensors and plain values"
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     except (RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]  # torch raises many kinds for foreign files
+        reason = str(error).partition("\n")[0]  # torch raises many kinds here
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != CHECKPOINT_FORMAT or not {"config", "model"} <= checkpoint.keys():

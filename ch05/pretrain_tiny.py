@@ -194,7 +194,7 @@ def resume(path, model, optimizer):
         state = torch.load(path, map_location=model.tok_emb.weight.device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:  # torch raises many kinds for foreign files
+    except Exception as error:  # torch raises many kinds here
         raise ValueError(f"{path} is no checkpoint of such a run: take another --work-dir") from error
     print(f"resuming from step {state['step']} of {path}")
     return state["step"], state["seconds"]

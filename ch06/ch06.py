@@ -219,7 +219,7 @@ def class_logits(input_batch, target_batch, model, device):
 def predicted_classes(logits):
     """Return the index of the largest of each row's logits (B, C), (B,); ValueError for NaN."""
     if logits.isnan().any():
-        raise ValueError("the model answers NaN: train it again at a lower learning rate")
+        raise ValueError("the model answers NaN: train again at a lower learning rate")
     return logits.argmax(dim=-1)
 
 

@@ -275,8 +275,8 @@ def merged_weight(layer):
     base = layer.linear._parameters.get("weight")
     if base is None or not base.is_floating_point():
         raise ValueError(
-            f"the weight of a {type(layer.linear).__name__} is quantized or computed: load "
-            "it unquantized, or remove the parametrization, to merge LoRA into it"
+            f"the weight of a {type(layer.linear).__name__} is quantized or computed: "
+            "to merge LoRA into it, load it unquantized or remove the parametrization"
         )
     return layer.weight.detach()
 
