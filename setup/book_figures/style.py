@@ -1,11 +1,11 @@
-"""The one style of all figures: colours that colour-blind readers can tell apart, text that a projector shows.
+"""The one style of all figures: colours that colour-blind readers can tell apart, text for a projector.
 
 Importing `book_figures` applies STYLE to matplotlib.
 """
 
 from cycler import cycler
 
-# Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), without the yellow, which is too light for lines.
+# Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), without yellow, which is too light for lines.
 PALETTE = {
     "blue": "#0072B2",
     "orange": "#D55E00",
