@@ -1,17 +1,102 @@
-"""What LoRA buys: the figures of `what-lora-buys.ipynb`, whose measurements are in `spam_classifier`.
+"""What LoRA buys: splits with and without leaks compared, and the figures of `what-lora-buys.ipynb`.
 
-Runs come from `compare`: a DataFrame with one row per run. Accuracies are drawn in percent; an error
-bar is one standard deviation of the seeds to each side (n - 1 in the denominator, as in `summary`),
-none for one seed.
+Runs of methods come from `spam_classifier.experiments.compare`: a DataFrame with one row per run. Accuracies
+are drawn in percent; an error bar is one standard deviation of the seeds to each side (n - 1 in the
+denominator, as in `summary`), none for one seed.
 """
+
+import json
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from spam_classifier.evaluation import confusion_matrix, wilson
+from book_assets import get_tokenizer
+from book_assets.files import append_line, check_outputs
+from book_figures import PALETTE, TINTS
+from ch06 import SPLITS, balanced_messages, random_split
+from spam_classifier.classifier import (
+    LoRASettings,
+    build_classifier,
+    context_length,
+    encode_splits,
+    finetune,
+    predict_classes,
+)
+from spam_classifier.evaluation import (
+    confusion_matrix,
+    find_leaks,
+    normalise_text,
+    split_without_leaks,
+    wilson,
+)
 
-LORA, OTHER, BAND = "#0072b2", "#d55e00", "#ececec"
+LORA, OTHER, BAND = PALETTE["blue"], PALETTE["orange"], TINTS["grey"]
+
+
+# Splits
+
+
+def make_split(messages, kind, seed):
+    """Return ({"train", "validation", "test": DataFrame}, which rows of the test part have copies, bool (n,)).
+
+    `kind` "random" splits as the book does, in another order per seed; the copies are in the other two
+    parts, so the classifier has seen them. "grouped" keeps all copies of a message in one part; those
+    are in the test part itself, and nobody has seen them.
+    """
+    if kind == "grouped":
+        copied = messages["Text"].map(normalise_text).duplicated(keep=False)
+        parts = split_without_leaks(messages.assign(Copied=copied), 0.7, 0.1, seed)
+        return dict(zip(SPLITS, parts)), parts[2]["Copied"].to_numpy()
+    train, validation, test = random_split(messages.sample(frac=1, random_state=seed), 0.7, 0.1)
+    parts = dict(zip(SPLITS, (train, validation, test)))
+    return parts, find_leaks(test, train, validation)["near"].to_numpy()
+
+
+def judge_split(parts, copied, size, settings, device):
+    """Fine-tune GPT-2 `size` on parts["train"]; return how many test messages there are and how many are right.
+
+    {"messages", "right", "copied", "copied_right"}; the last two count the messages that `copied` marks.
+    """
+    model, _ = build_classifier(size, settings.training.seed)
+    encoded = encode_splits(parts, get_tokenizer(), context_length(model))
+    settings.adapt(model)
+    finetune(model, {"train": encoded["train"]}, settings.training, device)
+    messages, labels = encoded["test"]
+    right = (predict_classes(model, messages, device) == labels).numpy()
+    counts = {"messages": right, "right": right, "copied": copied, "copied_right": right & copied}
+    return {name: int(hits.sum()) for name, hits in counts.items()} | {"messages": len(right)}
+
+
+def compare_splits(choice, output, seeds=range(10), epochs=5, device=None, quick=False, report=print):
+    """Judge a random and a grouped split of the messages for each seed; return a DataFrame, a row for each.
+
+    Its columns are kind, seed and those of `judge_split`. As with `compare`, finished rows are lines of
+    the file `output` and are not repeated. `quick` takes the first 64 rows of each part.
+    """
+    check_outputs(output)
+    settings = LoRASettings().with_training(epochs=epochs, progress=False)
+    about = {"model": choice.model_size(), "data": choice.data, "epochs": epochs, "quick": quick}
+    messages, table = balanced_messages(choice), []
+    done = Path(output).read_text(encoding="utf-8").splitlines() if Path(output).exists() else []
+    rows = [json.loads(line) for line in done]
+    for seed in seeds:
+        for kind in ("random", "grouped"):
+            key = about | {"kind": kind, "seed": seed}
+            row = next((row for row in rows if key.items() <= row.items()), None)
+            if row is None:
+                parts, copied = make_split(messages, kind, seed)
+                if quick:
+                    parts, copied = {name: part[:64] for name, part in parts.items()}, copied[:64]
+                row = key | judge_split(parts, copied, choice.model_size(), settings, device)
+                append_line(output, json.dumps(row))
+                report(f"{kind} split, seed {seed}: {row['right']} of {row['messages']} right")
+            table.append(row)
+    return pd.DataFrame(table)
+
+
+# Figures
 
 
 def plot_confusion(labels, predictions, classes=("not spam", "spam")):
