@@ -39,7 +39,7 @@ LORA, OTHER, BAND = PALETTE["blue"], PALETTE["orange"], TINTS["grey"]
 
 
 def make_split(messages, kind, seed):
-    """Return ({"train", "validation", "test": DataFrame}, which rows of the test part have copies, bool (n,)).
+    """Return ({"train", "validation", "test": DataFrame}, which test rows have copies, bool (n,)).
 
     `kind` "random" splits as the book does, in another order per seed; the copies are in the other two
     parts, so the classifier has seen them. "grouped" keeps all copies of a message in one part; those
@@ -55,9 +55,9 @@ def make_split(messages, kind, seed):
 
 
 def judge_split(parts, copied, size, settings, device):
-    """Fine-tune GPT-2 `size` on parts["train"]; return how many test messages there are and how many are right.
+    """Fine-tune GPT-2 `size` on parts["train"]; return how many test messages are right, as counts.
 
-    {"messages", "right", "copied", "copied_right"}; the last two count the messages that `copied` marks.
+    {"messages", "right", "copied", "copied_right"}; the last two count only those that `copied` marks.
     """
     model, _ = build_classifier(size, settings.training.seed)
     encoded = encode_splits(parts, get_tokenizer(), context_length(model))
@@ -96,7 +96,50 @@ def compare_splits(choice, output, seeds=range(10), epochs=5, device=None, quick
     return pd.DataFrame(table)
 
 
+def tabulate_splits(table):
+    """Return the accuracies of `compare_splits` in percent: a DataFrame, a row per kind and messages.
+
+    Its columns are messages (tested in all seeds together), mean, lowest and highest (of the seeds).
+    """
+    rows = {}
+    for kind, group in table.groupby("kind", sort=False):
+        parts = {
+            "all messages": (group["right"], group["messages"]),
+            "with copies": (group["copied_right"], group["copied"]),
+            "without copies": (group["right"] - group["copied_right"], group["messages"] - group["copied"]),
+        }
+        for name, (right, messages) in parts.items():
+            scores = 100 * right / messages
+            rows[kind, name] = messages.sum(), scores.mean(), scores.min(), scores.max()
+    return pd.DataFrame(rows, index=["messages", "mean", "lowest", "highest"]).T.astype({"messages": int})
+
+
 # Figures
+
+
+def plot_splits(table):
+    """Return a Figure of the rows of `compare_splits`: test accuracies of each seed, and their means.
+
+    From left to right: random splits, all test messages; the same classifiers on those without copies,
+    joined by lines; grouped splits, all test messages.
+    """
+    random, grouped = (table[table["kind"] == kind] for kind in ("random", "grouped"))
+    unseen = (random["right"] - random["copied_right"]) / (random["messages"] - random["copied"])
+    columns = {
+        "random split,\nall test messages": random["right"] / random["messages"],
+        "the same classifiers,\nunseen messages only": unseen,
+        "grouped split,\nall test messages": grouped["right"] / grouped["messages"],
+    }
+    heights = [100 * values.to_numpy() for values in columns.values()]
+    fig, ax = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
+    ax.plot([0, 1], heights[:2], color=PALETTE["grey"], linewidth=1, zorder=1)
+    for place, (values, color) in enumerate(zip(heights, (OTHER, LORA, LORA))):
+        ax.plot([place] * len(values), values, "o", color=color, alpha=0.6, mec="none")
+        ax.plot([place - 0.16, place + 0.16], [values.mean()] * 2, color=PALETTE["ink"], linewidth=2.5)
+        ax.annotate(f"mean {values.mean():.1f}", (place + 0.2, values.mean()), va="center")
+    ax.set_xticks(range(3), columns)
+    ax.set(xlim=(-0.4, 2.6), ylabel="test accuracy (%)")
+    return fig
 
 
 def plot_confusion(labels, predictions, classes=("not spam", "spam")):
@@ -110,7 +153,6 @@ def plot_confusion(labels, predictions, classes=("not spam", "spam")):
     ax.set_xticks([0, 1], classes)
     ax.set_yticks([0, 1], classes)
     ax.set(xlabel="predicted", ylabel="true")
-    plt.close(fig)
     return fig
 
 
@@ -160,10 +202,9 @@ def plot_methods(runs, messages):
     axes[0, 0].axvspan(*noise_band(runs, messages), color=BAND, zorder=0)
     axes[0, 0].annotate(
         "trained", (1, 1), (76, 4), "axes fraction", textcoords="offset points",
-        ha="right", color="dimgray",
+        ha="right", color=PALETTE["ink"],
     )
     axes[-1, 0].set_xlabel("test accuracy (%)")
-    plt.close(fig)
     return fig
 
 
@@ -177,11 +218,10 @@ def draw_accuracies(ax, table):
         )
         ax.annotate(
             f"{method['trained']:,}", (1, row), (76, 0), ("axes fraction", "data"),
-            textcoords="offset points", ha="right", va="center", color="dimgray",
+            textcoords="offset points", ha="right", va="center", color=PALETTE["ink"],
         )
     ax.set_yticks(range(len(table)), table.index)
     ax.set_ylim(len(table) - 0.4, -0.6)
-    ax.spines[["top", "right"]].set_visible(False)
 
 
 def plot_ranks(runs, messages):
@@ -196,8 +236,6 @@ def plot_ranks(runs, messages):
     ranks = sorted(runs["settings.rank"].unique())
     ax.set_xticks(ranks, map(str, ranks))
     ax.set(xlabel="rank", ylabel="test accuracy (%)")
-    ax.spines[["top", "right"]].set_visible(False)
-    plt.close(fig)
     return fig
 
 
@@ -220,7 +258,5 @@ def plot_costs(runs):
         ax.bar_label(bars, fmt="{:.0f}" if name == "memory" else "{:.3f}", padding=3, fontsize=9)
         ax.set_xlabel(title)
         ax.margins(x=0.18)
-        ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].invert_yaxis()
-    plt.close(fig)
     return fig
