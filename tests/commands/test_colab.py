@@ -1,4 +1,4 @@
-"""The notebooks' first cell in Colab, simulated in a fresh interpreter, and in a kernel without our packages.
+"""The notebooks' first cell: in Colab, simulated in a fresh interpreter, and without our packages.
 
 Git clones a local copy of the repository here, and pip is a stand-in that prints its arguments.
 """
