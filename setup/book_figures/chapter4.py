@@ -208,27 +208,32 @@ def triangle(diagonal, below):
 
 
 def generation_loop():
-    """Two loops. Above, without a cache: the whole text "Hello, I am" goes into the model, the last row of
-    the scores gives the most likely token, which is appended, and the longer text goes in again. Below,
-    with a cache: only the appended token goes in; keys and values of earlier tokens are stored."""
+    """A loop: the tokens of "Hello, I am" go into the model, the last row of the scores gives the most likely
+    token, "Feature", which is appended to the text; then all five tokens go in."""
+    fig, ax = canvas(8, 1.6)
+    draw_loop(ax, 0.95, ("Hello", ",", "I", "am"), "append, and read all five")
+    return fig
+
+
+def generation_with_cache():
+    """Two loops. Above, without a cache, all tokens of "Hello, I am" go into the model again for each new one.
+    Below, with a cache, only the newest token goes in, and one row of scores comes out; the keys and values
+    of the tokens before it are stored."""
     fig, ax = canvas(8, 4.1)
-    for y, title, words in (
-        (3.2, "without a cache: the whole text again", ("Hello", ",", "I", "am")),
-        (1.4, "with a cache: only the token that is new", ("am",)),
-    ):
-        write(ax, 0.17, y + 0.7, title, ha="left", weight="bold")
-        for place, word in enumerate(words):
-            box(ax, 0.45 + 0.6 * place, y, 0.55, 0.36, word, color="blue")
-        draw_choice(ax, y, len(words))
-    write(ax, 0.55, 2.43, "append, and read all five", size=SMALL, ha="left")
-    write(ax, 0.55, 0.63, "append, read this one", size=SMALL, ha="left")
+    write(ax, 0.17, 3.9, "without a cache: the whole text", ha="left", weight="bold")
+    draw_loop(ax, 3.2, ("Hello", ",", "I", "am"), "append, and read all five")
+    write(ax, 0.17, 2.1, "with a cache: only the newest token", ha="left", weight="bold")
+    draw_loop(ax, 1.4, ("am",), "read this one")
     box(ax, 3.35, 0.2, 2.6, 0.32, "stored: keys and values of Hello , I", color="purple", size=SMALL)
     arrow(ax, (3.35, 0.37), (3.35, 1.1), color="purple", style="<|-|>")
     return fig
 
 
-def draw_choice(ax, y, rows):
-    """Draw the way from `rows` tokens at height y through the model to the next token, and back."""
+def draw_loop(ax, y, words, back):
+    """Draw the way of tokens at height y through the model to the next token, and back."""
+    rows = len(words)
+    for place, word in enumerate(words):
+        box(ax, 0.45 + 0.6 * place, y, 0.55, 0.36, word, color="blue")
     arrow(ax, (0.17 + 0.6 * rows, y), (2.78, y))
     box(ax, 3.35, y, 1.1, 0.6, "model", color="amber")
     arrow(ax, (3.92, y), (4.28, y))
@@ -241,6 +246,7 @@ def draw_choice(ax, y, rows):
     box(ax, 7.05, y, 0.95, 0.36, "Feature", color="orange")
     line(ax, [(7.05, y - 0.19), (7.05, y - 0.62), (0.45, y - 0.62)])
     arrow(ax, (0.45, y - 0.62), (0.45, y - 0.2))
+    write(ax, 0.55, y - 0.77, back, size=SMALL, ha="left")
 
 
 def what_the_cache_saves(seconds):
