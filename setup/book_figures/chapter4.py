@@ -11,7 +11,7 @@ from book_figures.parts import SMALL, arrow, box, bracket, canvas, cells, line, 
 from book_figures.style import PALETTE
 
 ROAD = (  # title, what is built, what comes out, colour
-    ("Chapter 4", "the GPT architecture", '"Every effort moves\nyou Featureiman …"', "blue"),
+    ("Chapter 4", "the GPT architecture", '"Hello, I am\nFeatureiman Byes…"', "blue"),
     ("Chapter 5", "training, and GPT-2's\nweights", '"Every effort moves\nyou forward …"', "green"),
     ("Chapter 6", "a classifier from\nthe model", "spam or not:\n95.7 % right", "amber"),
     ("Appendix E", "LoRA: train little,\nkeep the rest", "2.7 million trained\nof 124 million", "orange"),
@@ -181,8 +181,8 @@ def splitting_into_heads():
     fig, ax = canvas(8, 5.2)
     steps = (
         ("W_query(x)", "(B, T, 768)"), ("view, transpose", "(B, 12, T, 64)"),
-        ("softmax of\nqueries · keys", "(B, 12, T, T)"), ("weights · values", "(B, 12, T, 64)"),
-        ("transpose, reshape", "(B, T, 768)"),
+        ("masked softmax of\nqueries · keys", "(B, 12, T, T)"), ("weights · values", "(B, 12, T, 64)"),
+        ("transpose, flatten", "(B, T, 768)"),
     )
     for row, (step, shape) in enumerate(steps):
         top = 4.85 - 1.05 * row
@@ -216,9 +216,9 @@ def generation_loop():
 
 
 def generation_with_cache():
-    """Two loops. Above, without a cache, all tokens of "Hello, I am" go into the model again for each new one.
-    Below, with a cache, only the newest token goes in, and one row of scores comes out; the keys and values
-    of the tokens before it are stored."""
+    """Two loops. Above, without a cache, all tokens of "Hello, I am" go into the model again for each new
+    one. Below, with a cache, only the newest token goes in, and one row of scores comes out; the keys and
+    values of the tokens before it are stored."""
     fig, ax = canvas(8, 4.1)
     write(ax, 0.17, 3.9, "without a cache: the whole text", ha="left", weight="bold")
     draw_loop(ax, 3.2, ("Hello", ",", "I", "am"), "append, and read all five")

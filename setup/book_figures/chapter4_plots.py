@@ -40,7 +40,7 @@ def attention_weights(words, weights):
         [weight if column <= row else float("nan") for column, weight in enumerate(line)]
         for row, line in enumerate(weights.tolist())
     ]
-    ax.imshow(visible, cmap="Blues", vmin=0, vmax=1.5)
+    ax.imshow(visible, cmap="Blues", vmin=0, vmax=2)
     for row, line in enumerate(visible):
         for column, weight in enumerate(line):
             ax.text(column, row, f"{weight:.2f}" if column <= row else "masked", ha="center", va="center")
