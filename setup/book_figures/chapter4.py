@@ -16,7 +16,7 @@ ROAD = (  # title, what is built, what comes out, colour
     ("Chapter 6", "a classifier from\nthe model", "spam or not:\n95.7 % right", "amber"),
     ("Appendix E", "LoRA: train little,\nkeep the rest", "2.7 million trained\nof 124 million", "orange"),
 )
-WORDS = ("Every", "effort", "moves", "you")
+FIRST_TEXT = ("Every", "effort", "moves", "you")
 IDS = (6109, 3626, 6100, 345)
 BARS = (  # heights of some scores per position; the last position's highest is the next token
     (3, 5, 2, 8, 4, 6), (4, 2, 7, 3, 5, 3), (6, 3, 4, 2, 8, 5), (2, 4, 3, 9, 5, 3),
@@ -66,7 +66,7 @@ def tensors_on_the_way():
         write(ax, x, 3.2, text, weight="bold", size=SMALL)
     for x, text in shapes:
         write(ax, x, 0.15, text, size=SMALL, family="monospace")
-    for row, (word, token, bars) in enumerate(zip(WORDS, IDS, BARS)):
+    for row, (word, token, bars) in enumerate(zip(FIRST_TEXT, IDS, BARS)):
         y = 2.6 - 0.68 * row
         write(ax, 0.4, y, word)
         write(ax, 1.1, y, str(token))
@@ -167,7 +167,7 @@ def query_key_value(words, weights):
         arrow(ax, (x, 1.5), (xs[1] + 0.3 * (x - xs[1]), 0.8), width=12 * weight,
               mutation_scale=8 + 26 * weight, color="green")
     box(ax, xs[-1], 2.55, 1.3, 0.42, "a later key", color="grey")
-    write(ax, xs[-1], 2.14, "masked", color="grey", size=SMALL)
+    write(ax, xs[-1], 2.14, "masked", size=SMALL)
     cells(ax, xs[1] - 0.5, 0.72, 1, 5, color="green")
     mean = " + ".join(f'{weight:.2f} · value of "{word}"' for word, weight in zip(words, weights))
     write(ax, xs[1], 0.25, f"result = {mean}", size=SMALL)
