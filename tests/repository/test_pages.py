@@ -10,7 +10,7 @@ from draw_readme_picture import PICTURE, draw
 TEXT = re.compile("<!-- (.*?) -->", re.DOTALL)  # matplotlib writes each text above its letters' outlines
 SHAPE = re.compile(r'<path d="([^"]*)"[^>]*style="([^"]*)"')  # letters have an id first
 NUMBER = re.compile(r"-?\d+\.?\d*")
-MOST_WORDS = 900  # two minutes and a half
+MOST_WORDS = 900
 
 
 def read_page(name):
@@ -30,3 +30,21 @@ def test_the_readmes_picture_is_what_the_code_draws(tmp_path):
     assert stored[:2] == drawn[:2], "python setup/draw_readme_picture.py draws it again"
     assert stored[2] == pytest.approx(drawn[2], abs=0.1)
     assert "Chapter 4" in stored[0] and len(stored[2]) > 100
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert len(read_page("README.md").split()) <= MOST_WORDS
+
+
+def test_every_term_of_the_glossary_is_linked_and_they_are_sorted():
+    entries = read_page("setup/GLOSSARY.md").split("\n- ")[1:]
+    terms = [re.match(r"\*\*(.+?)\*\*: \S", entry)[1].casefold() for entry in entries]
+    assert len(terms) >= 60
+    assert terms == sorted(set(terms))
+    assert not [term for term, entry in zip(terms, entries, strict=True) if "](../" not in entry]
+
+
+def test_every_answer_shows_where_it_can_be_checked():
+    questions = read_page("setup/FAQ.md").partition("\n## Errata")[0].split("\n### ")[1:]
+    assert len(questions) == 20
+    assert not [text.partition("\n")[0] for text in questions if "](../" not in text and ".md" not in text]
