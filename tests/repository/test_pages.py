@@ -33,7 +33,8 @@ def test_the_readmes_picture_is_what_the_code_draws(tmp_path):
 
 
 def test_the_readme_is_read_in_two_minutes():
-    assert len(read_page("README.md").split()) <= MOST_WORDS
+    text = re.sub(r"<img[^>]*>", "", read_page("README.md"))
+    assert len([word for word in text.split() if re.search(r"\w", word)]) <= MOST_WORDS
 
 
 def test_every_term_of_the_glossary_is_linked_and_they_are_sorted():
