@@ -3,7 +3,7 @@
 from book_figures.parts import SMALL, arrow, box, canvas, write
 
 ROAD = (  # title, what is built, what comes out, colour
-    ("Chapter 4", "the GPT architecture", '"Hello, I am\nFeatureiman …"', "blue"),
+    ("Chapter 4", "the GPT architecture", '"Hello, I am\nFeatureiman Byes…"', "blue"),
     ("Chapter 5", "training, and GPT-2's\nweights", '"Every effort moves\nyou forward …"', "green"),
     ("Chapter 6", "a classifier from\nthe model", "spam or not:\n95.7 % right", "amber"),
     ("Appendix E", "LoRA: train little,\nkeep the rest", "2.7 million trained\nof 124 million", "orange"),
