@@ -1,6 +1,7 @@
 """The pages: the README is short, its picture is what the code draws, the glossary is sorted and linked."""
 
 import re
+from importlib import import_module
 
 import pytest
 
@@ -49,3 +50,10 @@ def test_every_answer_shows_where_it_can_be_checked():
     questions = read_page("setup/FAQ.md").partition("\n## Errata")[0].split("\n### ")[1:]
     assert len(questions) == 20
     assert not [text.partition("\n")[0] for text in questions if "](../" not in text and ".md" not in text]
+
+
+def test_the_drawings_named_for_lecturers_exist():
+    names = re.findall(r"^\| `(\w+)-(\w+)` \|", read_page("setup/TEACHING.md"), re.MULTILINE)
+    assert len(names) > 10
+    modules = {module: import_module(f"book_figures.{module}") for module, _ in names}
+    assert not [name for module, name in names if not callable(getattr(modules[module], name, None))]
