@@ -25,6 +25,7 @@ REFERENCE = re.compile(r"^ {0,3}\[[^\]]+\]:\s*<?(\S+?)>?(?:\s+\".*\")?\s*$", re.
 HTML = re.compile(r"<(?:a|img)\b[^>]*?\b(?:href|src)=[\"']([^\"']*)[\"']")
 BARE = re.compile(r"<((?:https?|mailto):[^>]*)>")
 HEADING = re.compile(r"^ {0,3}#{1,6}\s+(.*?)(?:\s+#+)?\s*$", re.MULTILINE)
+SCRIPT = re.compile(r"\bpython3? (?:\.\./)?([\w./-]+\.py)")
 HOST = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\.)+[a-z]{2,}")
 OWN_FILE = re.compile(r"/(?:github/)?[^/]+/[^/]+/(?:blob|tree|raw)/main/(.+)")
 
@@ -119,6 +120,12 @@ def test_every_link_leads_somewhere(page):
 def test_links_are_found():
     assert len(PAGES) > 15
     assert sum(len(find_links(read_markdown(page))) for page in PAGES) > 100
+
+
+def test_every_command_names_a_script_of_the_repository():
+    scripts = {name for page in PAGES for name in SCRIPT.findall(read_markdown(page))}
+    assert len(scripts) > 8
+    assert scripts - FILES == set()
 
 
 @pytest.mark.parametrize("link, page, fault", [
