@@ -1,0 +1,146 @@
+"""The drawings of chapter 5: windows, cross-entropy, the training loop, decoding, weights to places."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from book_figures.parts import SMALL, arrow, box, bracket, canvas, cells, line, write
+from book_figures.style import PALETTE
+
+TOKENS = "The reader turned the page and found the next word waiting .".split()
+WINDOW = 4  # tokens
+
+
+def windows():
+    """A sentence of twelve tokens, and windows of four of them. Inputs are blue bars; their targets, green bars,
+    are the same windows one token further on. With stride 4 there are two windows, side by side; with
+    stride 1 a window starts at every token, eight in all, of which three are drawn."""
+    fig, ax = canvas(8, 3.3)
+    step = 0.56
+    for place, token in enumerate(TOKENS):
+        box(ax, 1.45 + step * place, 3.0, 0.52, 0.36, token, size=SMALL, color="white", edge="grey")
+
+    for start, y, names in (
+        (0, 2.35, ("input", "target")), (4, 2.35, ("", "")), *((n, 1.55 - 0.48 * n, ("", "")) for n in range(3)),
+    ):
+        for shift, name, color in zip((0, 1), names, ("blue", "green"), strict=True):
+            left = 1.45 + step * (start + shift) - 0.26
+            width = step * (WINDOW - 1) + 0.52
+            box(ax, left + width / 2, y + 0.1 - 0.21 * shift, width, 0.19, name, size=SMALL, color=color)
+    for y, text in ((2.35, "stride 4:"), (1.55, "stride 1:")):
+        write(ax, 0.1, y, text, size=SMALL, ha="left")
+    write(ax, 5.35, 0.59, "… and five more", size=SMALL, ha="left")
+    return fig
+
+
+def cross_entropy(row, target, name, right):
+    """Two panels. Left: the probabilities of 13 neighbouring tokens out of the whole vocabulary, as bars; the
+    right one is orange, and all are near 1/50,257. Right: the curve of the loss, minus the natural logarithm
+    of the right token's probability, which is 0 for probability 1, 0.69 for a half, and steep near 0; the
+    points of this run are at its left end, at 9.5 to 12.3, on both sides of 10.82, the loss of a guess."""
+    row, right = np.asarray(row), np.asarray(right).ravel()
+    fig, (bars, curve) = plt.subplots(1, 2, figsize=(8, 3.1), layout="constrained")
+    ids = np.arange(target - 6, target + 7)
+    colors = [PALETTE["orange" if token == target else "grey"] for token in ids]
+    bars.bar(range(len(ids)), row[ids] * 1e5, color=colors)
+    bars.axhline(1e5 / len(row), color=PALETTE["ink"], ls="--", lw=1)
+    bars.set_xticks([6], [f"{name} (right)"])
+    bars.set(xlim=(-1, 16), ylabel="probability in units of 0.00001", title=f"13 of {len(row):,} tokens after “every”")
+    bars.text(16, 1e5 / len(row) + 0.1, f"1/{len(row):,}", ha="right", va="bottom", size=SMALL)
+
+    p = np.geomspace(2e-6, 1, 400)
+    curve.plot(p, -np.log(p), color=PALETTE["blue"])
+    curve.plot(right, -np.log(right), "o", color=PALETTE["orange"], zorder=3, clip_on=False)
+    guess = np.log(len(row))
+    curve.axhline(guess, color=PALETTE["ink"], ls="--", lw=1)
+    curve.text(1, guess + 0.2, f"a guess: ln {len(row):,} = {guess:.2f}", ha="right", va="bottom", size=SMALL)
+    curve.text(0.06, 8.9, f"this run: {len(right)} tokens,\nmean {-np.log(right).mean():.2f}", va="top", size=SMALL,
+               color=PALETTE["orange"])
+    for value in (0.5, 1):
+        curve.plot(value, -np.log(value), "o", color=PALETTE["blue"], clip_on=False)
+        curve.text(value, -np.log(value) + 0.5, f"{0 - np.log(value):.2f}", ha="center", va="bottom", size=SMALL)
+    curve.set(xlim=(0, 1), ylim=(0, 13.5), xlabel="probability p of the right token", title="loss = −ln p")
+    return fig
+
+
+def training_loop():
+    """Five boxes in a row: a batch of two windows of 256 tokens; the model, which gives logits; the loss, one
+    number; its gradients, one number per weight; the step, which moves every weight a little. An arrow
+    leads from the last box back to the first: nine such rounds, one per batch, are an epoch."""
+    steps = (
+        ("batch", "2 windows of\n256 tokens", "blue"),
+        ("model", "logits\n(2, 256, 50,257)", "sky"),
+        ("loss", "one number:\nhow wrong", "orange"),
+        ("backward", "a gradient\nper weight", "purple"),
+        ("step", "each weight\nmoves a little", "green"),
+    )
+    fig, ax = canvas(8, 1.9)
+    for place, (title, text, color) in enumerate(steps):
+        x = 0.8 + 1.6 * place
+        box(ax, x, 1.3, 1.34, 0.9, color=color)
+        write(ax, x, 1.56, title, weight="bold", zorder=3)
+        write(ax, x, 1.2, text, size=SMALL, zorder=3)
+        if place < len(steps) - 1:
+            arrow(ax, (x + 0.68, 1.3), (x + 0.92, 1.3))
+    line(ax, [(7.2, 0.84), (7.2, 0.5), (0.8, 0.5)])
+    arrow(ax, (0.8, 0.5), (0.8, 0.84))
+    write(ax, 4, 0.28, "clear the gradients, take the next batch; nine batches are one epoch", size=SMALL)
+    return fig
+
+
+def draw_choices(words, choices):
+    """Return a figure with one panel of horizontal bars per item of `choices`, {title: probabilities}."""
+    fig, panels = plt.subplots(1, len(choices), figsize=(8, 2.7), sharey=True, layout="constrained")
+    for ax, (title, probabilities) in zip(panels, choices.items(), strict=True):
+        places = range(len(words))
+        ax.barh(places, probabilities, color=PALETTE["blue"])
+        for place, value in zip(places, probabilities, strict=True):
+            text = f"{value:.4f}" if value else "0"
+            ax.text(value + 0.02, place, text, va="center", size=SMALL)
+        ax.set(xlim=(0, 1.25), xticks=(0, 0.5, 1), title=title)
+    panels[0].set_yticks(range(len(words)), words)
+    panels[0].invert_yaxis()
+    return fig
+
+
+def softmax(logits):
+    weights = np.exp(logits - np.max(logits))
+    return weights / weights.sum()
+
+
+def temperatures(words, logits):
+    """Bars of nine words' probabilities at three temperatures. At 0.1, forward has 0.99 and toward the rest. At
+    1, forward has 0.57, toward 0.36 and closer 0.06. At 5 all nine words have a chance: forward 0.24, pizza
+    0.04."""
+    logits = np.asarray(logits)
+    fig = draw_choices(words, {f"temperature {t}": softmax(logits / t) for t in (0.1, 1, 5)})
+    return fig
+
+
+def top_k(words, before, after):
+    """Bars of nine words' probabilities before and after top-3. All nine words have some before; afterwards
+    closer, forward and toward remain, each a little likelier, and all others have exactly 0."""
+    fig = draw_choices(words, {"all nine": np.asarray(before), "the top 3": np.asarray(after)})
+    return fig
+
+
+def weights_to_places(width=768, vocabulary=50257):
+    """Where OpenAI's arrays go. Its matrix c_attn, with three times as many columns as rows, is cut into three;
+    each third is transposed and becomes the weight of W_query, W_key or W_value. Its token embedding wte
+    goes to two places, the token embedding tok_emb and the output layer out_head."""
+    fig, ax = canvas(8, 3.6)
+    names = ("W_query", "W_key", "W_value")
+    colors = ("blue", "green", "orange")
+    for third, (name, color) in enumerate(zip(names, colors, strict=True)):
+        cells(ax, 0.5 + 0.9 * third, 3.0, 4, 4, 0.225, color=color)
+        y = 3.15 - 0.62 * third
+        arrow(ax, (3.25, 2.55), (5.2, y), color=color)
+        box(ax, 6.25, y, 2.0, 0.46, f"{name}.weight", color=color)
+        write(ax, 4.5, 2.62 + (y - 2.55) * 0.66 + 0.1, ".T", size=SMALL, color=color)
+    bracket(ax, 0.5, 3.2, 3.05, f"c_attn: {width:,} rows, 3 · {width:,} columns")
+    write(ax, 1.85, 1.93, "query | key | value", size=SMALL)
+    cells(ax, 1.4, 1.45, 5, 3, 0.2, color="purple")
+    write(ax, 1.7, 0.25, f"wte: {vocabulary:,} rows, {width:,} columns", size=SMALL)
+    for y, name in ((1.15, "tok_emb.weight"), (0.55, "out_head.weight")):
+        arrow(ax, (2.1, 0.95), (5.2, y), color="purple")
+        box(ax, 6.25, y, 2.0, 0.46, name, color="purple")
+    return fig
