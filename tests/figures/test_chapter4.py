@@ -1,6 +1,5 @@
 """The drawings of chapter 4 are legible, and what the checks of all drawings would find."""
 
-import matplotlib.pyplot as plt
 import pytest
 
 from book_figures import chapter4
@@ -8,12 +7,6 @@ from book_figures.parts import canvas, write
 from figures import assert_legible, drawings, find_faults
 
 ARGUMENTS = {}  # of the drawings that have some
-
-
-@pytest.fixture(autouse=True)
-def no_open_figures():
-    yield
-    plt.close("all")
 
 
 @pytest.mark.parametrize("name", drawings(chapter4))
