@@ -193,7 +193,7 @@ def train_model_simple(
             optimizer.step()  # the other way, a little
             tokens_seen += input_batch.numel()
             global_step += 1
-            if global_step % eval_freq == 0:  # not every step: evaluating takes time too
+            if global_step % eval_freq == 0:  # not each time: it takes long
                 train_loss, val_loss = evaluate_model(
                     model, train_loader, val_loader, device, eval_iter
                 )

@@ -11,24 +11,25 @@ WINDOW = 4  # tokens
 
 
 def windows():
-    """A sentence of twelve tokens, and windows of four of them. Inputs are blue bars; their targets, green bars,
-    are the same windows one token further on. With stride 4 there are two windows, side by side; with
+    """A sentence of twelve tokens, and windows of four of them. Inputs are blue bars; their targets, green
+    bars, are the same windows one token further on. With stride 4 there are two windows, side by side; with
     stride 1 a window starts at every token, eight in all, of which three are drawn."""
-    fig, ax = canvas(8, 3.3)
+    fig, ax = canvas(8, 3)
     step = 0.56
     for place, token in enumerate(TOKENS):
-        box(ax, 1.45 + step * place, 3.0, 0.52, 0.36, token, size=SMALL, color="white", edge="grey")
+        box(ax, 1.45 + step * place, 2.75, 0.52, 0.36, token, size=SMALL, color="white", edge="grey")
 
-    for start, y, names in (
-        (0, 2.35, ("input", "target")), (4, 2.35, ("", "")), *((n, 1.55 - 0.48 * n, ("", "")) for n in range(3)),
-    ):
+    plain = ("", "")
+    bars = [(0, 2.1, ("input", "target")), (4, 2.1, plain)]
+    bars += [(number, 1.3 - 0.48 * number, plain) for number in range(3)]
+    for start, y, names in bars:
         for shift, name, color in zip((0, 1), names, ("blue", "green"), strict=True):
             left = 1.45 + step * (start + shift) - 0.26
             width = step * (WINDOW - 1) + 0.52
             box(ax, left + width / 2, y + 0.1 - 0.21 * shift, width, 0.19, name, size=SMALL, color=color)
-    for y, text in ((2.35, "stride 4:"), (1.55, "stride 1:")):
+    for y, text in ((2.1, "stride 4:"), (1.3, "stride 1:")):
         write(ax, 0.1, y, text, size=SMALL, ha="left")
-    write(ax, 5.35, 0.59, "… and five more", size=SMALL, ha="left")
+    write(ax, 5.35, 0.34, "… and five more", size=SMALL, ha="left")
     return fig
 
 
@@ -37,29 +38,38 @@ def cross_entropy(row, target, name, right):
     right one is orange, and all are near 1/50,257. Right: the curve of the loss, minus the natural logarithm
     of the right token's probability, which is 0 for probability 1, 0.69 for a half, and steep near 0; the
     points of this run are at its left end, at 9.5 to 12.3, on both sides of 10.82, the loss of a guess."""
-    row, right = np.asarray(row), np.asarray(right).ravel()
-    fig, (bars, curve) = plt.subplots(1, 2, figsize=(8, 3.1), layout="constrained")
-    ids = np.arange(target - 6, target + 7)
-    colors = [PALETTE["orange" if token == target else "grey"] for token in ids]
-    bars.bar(range(len(ids)), row[ids] * 1e5, color=colors)
-    bars.axhline(1e5 / len(row), color=PALETTE["ink"], ls="--", lw=1)
-    bars.set_xticks([6], [f"{name} (right)"])
-    bars.set(xlim=(-1, 16), ylabel="probability in units of 0.00001", title=f"13 of {len(row):,} tokens after “every”")
-    bars.text(16, 1e5 / len(row) + 0.1, f"1/{len(row):,}", ha="right", va="bottom", size=SMALL)
-
-    p = np.geomspace(2e-6, 1, 400)
-    curve.plot(p, -np.log(p), color=PALETTE["blue"])
-    curve.plot(right, -np.log(right), "o", color=PALETTE["orange"], zorder=3, clip_on=False)
-    guess = np.log(len(row))
-    curve.axhline(guess, color=PALETTE["ink"], ls="--", lw=1)
-    curve.text(1, guess + 0.2, f"a guess: ln {len(row):,} = {guess:.2f}", ha="right", va="bottom", size=SMALL)
-    curve.text(0.06, 8.9, f"this run: {len(right)} tokens,\nmean {-np.log(right).mean():.2f}", va="top", size=SMALL,
-               color=PALETTE["orange"])
-    for value in (0.5, 1):
-        curve.plot(value, -np.log(value), "o", color=PALETTE["blue"], clip_on=False)
-        curve.text(value, -np.log(value) + 0.5, f"{0 - np.log(value):.2f}", ha="center", va="bottom", size=SMALL)
-    curve.set(xlim=(0, 1), ylim=(0, 13.5), xlabel="probability p of the right token", title="loss = −ln p")
+    fig, (left, curve) = plt.subplots(1, 2, figsize=(8, 3.1), layout="constrained")
+    draw_probabilities(left, np.asarray(row), target, name)
+    draw_losses(curve, np.asarray(right).ravel(), len(row))
     return fig
+
+
+def draw_probabilities(ax, row, target, name):
+    """Draw the probabilities of the token `target` and of six tokens on either side of it."""
+    ids = np.arange(target - 6, target + 7)
+    ax.bar(range(len(ids)), row[ids] * 1e5, color=[PALETTE["orange" if t == target else "grey"] for t in ids])
+    ax.axhline(1e5 / len(row), color=PALETTE["ink"], ls="--", lw=1)
+    ax.text(16, 1e5 / len(row) + 0.1, f"1/{len(row):,}", ha="right", va="bottom", size=SMALL)
+    ax.set_xticks([6], [f"{name} (right)"])
+    ax.set(xlim=(-1, 16), ylabel="probability in units of 0.00001")
+    ax.set_title(f"{len(ids)} of {len(row):,} tokens")
+
+
+def draw_losses(ax, right, vocabulary):
+    """Draw the curve of −ln p, the points of the probabilities `right` on it, and the loss of a guess."""
+    p = np.geomspace(2e-6, 1, 400)
+    guess = np.log(vocabulary)
+    ax.plot(p, -np.log(p), color=PALETTE["blue"])
+    ax.plot(right, -np.log(right), "o", color=PALETTE["orange"], zorder=3, clip_on=False)
+    ax.axhline(guess, color=PALETTE["ink"], ls="--", lw=1)
+    ax.text(1, guess + 0.2, f"a guess: ln {vocabulary:,} = {guess:.2f}", ha="right", va="bottom", size=SMALL)
+    mean = f"this run: {len(right)} tokens,\nmean {-np.log(right).mean():.2f}"
+    ax.text(0.06, 8.9, mean, va="top", size=SMALL, color=PALETTE["orange"])
+    for value in (0.5, 1):
+        loss = 0 - np.log(value)
+        ax.plot(value, loss, "o", color=PALETTE["blue"], clip_on=False)
+        ax.text(value, loss + 0.5, f"{loss:.2f}", ha="center", va="bottom", size=SMALL)
+    ax.set(xlim=(0, 1), ylim=(0, 13.5), xlabel="probability p of the right token", title="loss = −ln p")
 
 
 def training_loop():
@@ -108,9 +118,9 @@ def softmax(logits):
 
 
 def temperatures(words, logits):
-    """Bars of nine words' probabilities at three temperatures. At 0.1, forward has 0.99 and toward the rest. At
-    1, forward has 0.57, toward 0.36 and closer 0.06. At 5 all nine words have a chance: forward 0.24, pizza
-    0.04."""
+    """Bars of nine words' probabilities at three temperatures. At 0.1, forward has 0.99 and toward the rest.
+    At 1, forward has 0.57, toward 0.36 and closer 0.06. At 5 all nine words have a chance: forward 0.24,
+    pizza 0.04."""
     logits = np.asarray(logits)
     fig = draw_choices(words, {f"temperature {t}": softmax(logits / t) for t in (0.1, 1, 5)})
     return fig
@@ -124,9 +134,9 @@ def top_k(words, before, after):
 
 
 def weights_to_places(width=768, vocabulary=50257):
-    """Where OpenAI's arrays go. Its matrix c_attn, with three times as many columns as rows, is cut into three;
-    each third is transposed and becomes the weight of W_query, W_key or W_value. Its token embedding wte
-    goes to two places, the token embedding tok_emb and the output layer out_head."""
+    """Where OpenAI's arrays go. The matrix c_attn, with three times as many columns as rows, is cut into
+    three; each third is transposed and becomes the weight of W_query, W_key or W_value. The token embedding
+    wte goes to two places, our token embedding tok_emb and our output layer out_head."""
     fig, ax = canvas(8, 3.6)
     names = ("W_query", "W_key", "W_value")
     colors = ("blue", "green", "orange")
