@@ -97,18 +97,21 @@ def training_loop():
     return fig
 
 
-def draw_choices(words, choices):
-    """Return a figure with one panel of horizontal bars per item of `choices`, {title: probabilities}."""
-    fig, panels = plt.subplots(1, len(choices), figsize=(8, 2.7), sharey=True, layout="constrained")
-    for ax, (title, probabilities) in zip(panels, choices.items(), strict=True):
-        places = range(len(words))
-        ax.barh(places, probabilities, color=PALETTE["blue"])
-        for place, value in zip(places, probabilities, strict=True):
-            text = f"{value:.4f}" if value else "0"
-            ax.text(value + 0.02, place, text, va="center", size=SMALL)
-        ax.set(xlim=(0, 1.25), xticks=(0, 0.5, 1), title=title)
-    panels[0].set_yticks(range(len(words)), words)
-    panels[0].invert_yaxis()
+def temperatures(words, logits):
+    """Bars of nine words' probabilities at three temperatures. At 0.1, forward has 0.99 and toward the rest.
+    At 1, forward has 0.57, toward 0.36 and closer 0.06. At 5 all nine words have a chance: forward 0.24,
+    pizza 0.04."""
+    fig, panels = plt.subplots(1, 3, figsize=(8, 2.7), sharey=True, layout="constrained")
+    logits = np.asarray(logits)
+    draw_choices(panels, words, {f"temperature {t}": softmax(logits / t) for t in (0.1, 1, 5)})
+    return fig
+
+
+def top_k(words, before, after):
+    """Bars of nine words' probabilities before and after top-3. All nine words have some before; afterwards
+    closer, forward and toward remain, each a little likelier, and all others have exactly 0."""
+    fig, panels = plt.subplots(1, 2, figsize=(8, 2.7), sharey=True, layout="constrained")
+    draw_choices(panels, words, {"all nine": np.asarray(before), "the top 3": np.asarray(after)})
     return fig
 
 
@@ -117,27 +120,22 @@ def softmax(logits):
     return weights / weights.sum()
 
 
-def temperatures(words, logits):
-    """Bars of nine words' probabilities at three temperatures. At 0.1, forward has 0.99 and toward the rest.
-    At 1, forward has 0.57, toward 0.36 and closer 0.06. At 5 all nine words have a chance: forward 0.24,
-    pizza 0.04."""
-    logits = np.asarray(logits)
-    fig = draw_choices(words, {f"temperature {t}": softmax(logits / t) for t in (0.1, 1, 5)})
-    return fig
-
-
-def top_k(words, before, after):
-    """Bars of nine words' probabilities before and after top-3. All nine words have some before; afterwards
-    closer, forward and toward remain, each a little likelier, and all others have exactly 0."""
-    fig = draw_choices(words, {"all nine": np.asarray(before), "the top 3": np.asarray(after)})
-    return fig
+def draw_choices(panels, words, choices):
+    """Draw horizontal bars, one panel per item of `choices`, {title: probabilities of the words}."""
+    for ax, (title, probabilities) in zip(panels, choices.items(), strict=True):
+        ax.barh(range(len(words)), probabilities, color=PALETTE["blue"])
+        for place, value in enumerate(probabilities):
+            ax.text(value + 0.02, place, f"{value:.4f}" if value else "0", va="center", size=SMALL)
+        ax.set(xlim=(0, 1.25), xticks=(0, 0.5, 1), title=title)
+    panels[0].set_yticks(range(len(words)), words)
+    panels[0].invert_yaxis()
 
 
 def weights_to_places(width=768, vocabulary=50257):
     """Where OpenAI's arrays go. The matrix c_attn, with three times as many columns as rows, is cut into
     three; each third is transposed and becomes the weight of W_query, W_key or W_value. The token embedding
     wte goes to two places, our token embedding tok_emb and our output layer out_head."""
-    fig, ax = canvas(8, 3.6)
+    fig, ax = canvas(7.5, 3.5)
     names = ("W_query", "W_key", "W_value")
     colors = ("blue", "green", "orange")
     for third, (name, color) in enumerate(zip(names, colors, strict=True)):
