@@ -4,6 +4,7 @@
 Shapes in comments: B batch, T tokens, D embedding width, V vocabulary, nh heads, hd head width.
 """
 
+import os
 from itertools import pairwise
 
 import torch
@@ -21,16 +22,22 @@ GPT_CONFIG_124M = {
 
 
 def pick_device():
-    """Return the best `torch.device` available: CUDA, then Apple's MPS, then the CPU.
+    """Return the `torch.device` that LLM_DEVICE names, else the best: CUDA, then Apple's MPS, then the CPU.
 
-    MPS is used from torch 2.9 on: older versions gave unstable results.
+    MPS is used from torch 2.9 on: older versions gave unstable results. Raises ValueError if LLM_DEVICE
+    names a device that cannot be used here.
     """
-    if torch.cuda.is_available():
-        return torch.device("cuda")
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if torch.backends.mps.is_available() and version >= (2, 9):
-        return torch.device("mps")
-    return torch.device("cpu")
+    usable = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available() and version >= (2, 9),
+        "cpu": True,
+    }
+    names = [name for name, here in usable.items() if here]
+    name = os.environ.get("LLM_DEVICE", "").strip().lower() or names[0]
+    if name not in names:
+        raise ValueError(f"LLM_DEVICE={name}: this machine has {', '.join(names)}")
+    return torch.device(name)
 
 
 # 4.1 The architecture, with placeholder blocks

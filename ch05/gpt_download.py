@@ -57,7 +57,7 @@ def download_and_load_gpt2(model_size, models_dir, source=None):
     `model_size` is 124M, 355M, 774M or 1558M, or tiny for the model that this repository ships.
     `source` is "tensorflow" (OpenAI's checkpoint) or "safetensors" (Hugging Face's file, which needs no
     TensorFlow); None takes the one that is already there, else TensorFlow's if that can be imported.
-    A relative `models_dir` is looked up in LLM_CACHE_DIR if that variable is set.
+    A relative `models_dir` is a place in the folder of downloads: see `book_assets.in_cache`.
     Raises ValueError for another size or source, ImportError for "tensorflow" without a working one,
     `book_assets.downloads.DownloadError` if a file cannot be downloaded. Source: section 5.5.
     """

@@ -97,8 +97,8 @@ def fetch_command(folder, names, everything):
     assets = list(ASSETS.values()) if everything else find_assets(names)
     base = folder.absolute()
     print(f"folder {base}")
-    if not os.environ.get("LLM_CACHE_DIR"):
-        print(f"Notebooks look in their own folder; for this one, set LLM_CACHE_DIR={base}")
+    if base.absolute() != in_cache("."):
+        print(f"Notebooks look in {in_cache('.')}; for this folder, set LLM_CACHE_DIR={base}")
     fetch_assets(assets, base)
 
 
@@ -115,7 +115,7 @@ def make_parser():
         sub.set_defaults(command=function)
     for name in ("list", "fetch"):
         commands.choices[name].add_argument(
-            "--folder", type=Path, default=in_cache("."), help="default: LLM_CACHE_DIR, else this folder"
+            "--folder", type=Path, default=in_cache("."), help="default: LLM_CACHE_DIR, else downloads"
         )
     sub = commands.choices["fetch"]
     sub.add_argument("names", nargs="*", help="assets, or groups of them, such as gpt2/124M")

@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 VENV = REPOSITORY / ".venv"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 MAIN = REPOSITORY / "setup" / "requirements-main.txt"
+NOTEBOOKS = REPOSITORY / "setup" / "requirements-notebooks.txt"
 ALL = REPOSITORY / "requirements.txt"
 
 
@@ -115,7 +116,7 @@ def create_venv():
 
 def stamp_and_content(requirements):
     """Return the file that says what has been installed, and its content when all of it has been."""
-    files = MAIN, requirements, REPOSITORY / "pyproject.toml"
+    files = MAIN, NOTEBOOKS, requirements, REPOSITORY / "pyproject.toml"
     content = b"".join([os.fsencode(VENV), *(file.read_bytes() for file in files)])
     return VENV / f"installed-{requirements.stem}.txt", hashlib.sha256(content).hexdigest()
 

@@ -6,12 +6,12 @@
 import sys
 
 from book_assets.command_line import command
-from make_environment import ALL, REPOSITORY, run
+from make_environment import NOTEBOOKS, REPOSITORY, run
 
 
 @command
 def main(_):
-    run(ALL, "-m", "jupyter", "lab", *sys.argv[1:], folder=REPOSITORY)
+    run(NOTEBOOKS, "-m", "jupyter", "lab", *sys.argv[1:], folder=REPOSITORY)
 
 
 if __name__ == "__main__":

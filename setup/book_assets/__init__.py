@@ -1,10 +1,9 @@
-"""What all chapters share: the choice of model and data, paths, the tokenizer, figures.
+"""What all chapters share: the choice of model and data, paths, the tokenizer.
 
 `table` lists every download, `downloads` fetches them, and `setup/fetch_assets.py` is the command for both.
 `DOWNLOADS.md` explains the variables LLM_ASSETS, LLM_CACHE_DIR and NOTEBOOK_QUICK.
 """
 
-import io
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from book_assets.table import EMBEDDED_MODEL
+from book_assets.table import DOWNLOADS, EMBEDDED_MODEL
 
 # The choice of assets
 
@@ -90,12 +89,13 @@ def is_quick():
 
 
 def in_cache(path):
-    """Return `path`, placed under LLM_CACHE_DIR if that variable is set and `path` is relative.
+    """Return `path` in the folder of downloads, if it is relative; all chapters share that folder.
 
-    In it, ~ and ~name stand for a home folder; one that does not exist is taken as an ordinary name.
+    It is LLM_CACHE_DIR (~ and ~name stand for a home folder; one that does not exist is taken as an
+    ordinary name), else `downloads` in the repository.
     """
-    cache = os.environ.get("LLM_CACHE_DIR")
-    return Path(os.path.expanduser(cache)).absolute() / path if cache else Path(path)
+    cache = os.environ.get("LLM_CACHE_DIR") or DOWNLOADS
+    return Path(os.path.expanduser(cache)).absolute() / path
 
 
 # The tokenizer
@@ -136,17 +136,3 @@ def printable_bytes():
     printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != 32]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-# Figures
-
-
-def show(fig, alt):
-    """Display a matplotlib figure as a PNG image with the alternative text `alt`, and close it."""
-    import matplotlib.pyplot as plt
-    from IPython.display import Image, display
-
-    picture = io.BytesIO()
-    fig.savefig(picture, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
-    plt.close(fig)
-    display(Image(picture.getvalue(), alt=alt))

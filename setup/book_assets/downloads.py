@@ -51,8 +51,8 @@ def fetch_spam_data(
     """Return `data_file_path`, with the SMS Spam Collection in it; the archive is kept at `zip_path`.
 
     Only `url` is tried; None means the sources of `asset`. In any archive, the member must have the SHA-256
-    `member_sha256`, unless that is None. A relative `zip_path` is put under LLM_CACHE_DIR if that variable
-    is set. Raises DownloadError, also if there is a different file at one of the two paths.
+    `member_sha256`, unless that is None. A relative `zip_path` is put into the folder of downloads, see
+    `in_cache`. Raises DownloadError, also if there is a different file at one of the two paths.
     """
     zip_path = in_cache(zip_path)
     target = Path(data_file_path)

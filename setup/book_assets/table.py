@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+DOWNLOADS = REPOSITORY / "downloads"
 EMBEDDED_MODEL = REPOSITORY / "ch05" / "gpt2-tiny"
 EMBEDDED_TEXT = REPOSITORY / "ch05" / "short-story.txt"
 EMBEDDED_MESSAGES = REPOSITORY / "ch06" / "sample_messages" / "SMSSpamCollection.tsv"

@@ -75,8 +75,10 @@ def folder(book_data, tmp_path):
 
 
 def run_listings(folder, layers, messages):
-    environment = {name: value for name, value in os.environ.items() if name != "LLM_CACHE_DIR"}
-    environment |= {"TIKTOKEN_CACHE_DIR": str(folder / "tiktoken"), "PYTHONIOENCODING": "utf-8"}
+    environment = os.environ | {
+        "LLM_CACHE_DIR": str(folder), "TIKTOKEN_CACHE_DIR": str(folder / "tiktoken"),
+        "PYTHONIOENCODING": "utf-8",
+    }
     result = subprocess.run(
         [sys.executable, "stand_ins.py", str(LISTINGS), str(layers), str(messages)],
         cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8",

@@ -51,9 +51,8 @@ LATE = {  # file: {package: reason}
     },
     "setup/book_assets/__init__.py": {
         "tiktoken": "the downloads need only the table",
-        "matplotlib": PLOTS,
-        "IPython": "only notebooks need it, and the main requirements lack it",
     },
+    "setup/book_figures/display.py": {"IPython": "only notebooks need it, and the main requirements lack it"},
 }
 
 
