@@ -260,12 +260,13 @@ def change_heat_map(percent, kinds):
     return fig
 
 
-def shares_of_directions(shares):
+def shares_of_directions(shares, dashed=None):
     """Curves, one per layer of one block: the share of the layer's change, in percent, that its largest
-    1, 2, 3 … directions make up together."""
+    1, 2, 3 … directions make up together. The dashed grey curve is for comparison."""
     fig, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
-    for (kind, values), marker in zip(shares.items(), "os^vDP"):
-        ax.plot(range(1, len(values) + 1), values, marker=marker, ms=4, label=kind)
-    ax.set(xlabel="directions, the largest first", ylabel="share of the change in %", ylim=(0, 103))
+    for (name, values), marker in zip(shares.items(), "os^vDPXd"):
+        style = {"color": PALETTE["grey"], "ls": "--"} if name == dashed else {}
+        ax.plot(range(1, len(values) + 1), values, marker=marker, ms=4, label=name, **style)
+    ax.set(xlabel="number of directions, the largest first", ylabel="share of the change in %", ylim=(0, 103))
     ax.legend()
     return fig
