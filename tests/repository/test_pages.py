@@ -7,6 +7,7 @@ import pytest
 
 from book_assets.table import REPOSITORY
 from draw_readme_picture import PICTURE, draw
+from notebook_frame import ORDER
 
 TEXT = re.compile("<!-- (.*?) -->", re.DOTALL)  # matplotlib writes each text above its letters' outlines
 SHAPE = re.compile(r'<path d="([^"]*)"[^>]*style="([^"]*)"')  # letters have an id first
@@ -57,3 +58,9 @@ def test_the_drawings_named_for_lecturers_exist():
     assert len(names) > 10
     modules = {module: import_module(f"book_figures.{module}") for module, _ in names}
     assert not [name for module, name in names if not callable(getattr(modules[module], name, None))]
+
+
+def test_the_readme_links_every_notebook():
+    text = read_page("README.md")
+    assert len(ORDER) >= 7
+    assert not [notebook for notebook in ORDER if f"]({notebook})" not in text]
