@@ -110,7 +110,7 @@ def estimate_memory(
     packed = shape.matrices if frozen_bytes < 2 else 0
     frozen = total - trained - packed
     kept, temporary = activation_bytes(
-        shape, method, targets, value_bytes, tokens, fused_attention, gradient_checkpointing
+        shape, method, rank, targets, value_bytes, tokens, fused_attention, gradient_checkpointing
     )
     outputs = shape.vocabulary if classes is None else classes
     kept += 3 * FLOAT32 * outputs  # logits' softmax, and the loss's gradient before and after it
@@ -151,15 +151,16 @@ def count_trained(shape, method, rank, targets, head):
     return rank * D * widths + head, max(head, rank * D * max(map(max, pairs)))
 
 
-def activation_bytes(shape, method, targets, value_bytes, tokens, fused, checkpointing):
+def activation_bytes(shape, method, rank, targets, value_bytes, tokens, fused, checkpointing):
     """Return the bytes per token that are kept for the backward pass, and those of temporary values.
 
     Numbers kept per token and block, D wide: of two norms the input and its difference from the mean
     (4 D), queries, keys and values (3 D), for each head a row of T attention weights, GELU's input (4 D).
     What trains adds its input: the common one of query, key and value (D), the projection's (D), those of
-    the MLP (D + 4 D), two norms' results (2 D). LoRA in half precision copies its inputs to float32, for
-    query, key and value one each. Temporary are two results of the MLP's first layer, with LoRA three, or
-    three tensors of attention weights. The last block alone keeps nothing of its first norm's input.
+    the MLP (D + 4 D), two norms' results (2 D); LoRA x A (rank). LoRA in half precision copies its inputs to
+    float32, for query, key and value one each. Temporary are two results of the MLP's first layer, with
+    LoRA three, or three tensors of attention weights. The last block's first norm keeps no input if the
+    other blocks are frozen.
     """
     D, attention = shape.width, 0 if fused else shape.heads * tokens
     roles = {*targets} if method == "lora" else {*BODY}
@@ -167,8 +168,11 @@ def activation_bytes(shape, method, targets, value_bytes, tokens, fused, checkpo
     copies = method == "lora" and value_bytes < FLOAT32
     inputs = (len(joint) if copies else bool(joint)) + ("projection" in roles) + 5 * ("mlp" in roles)
     norms = 6 if method == "full" else 4
-    block = value_bytes * ((norms + 7) * D + attention) + (FLOAT32 if copies else value_bytes) * inputs * D
+    low = sum(rank * len(MATRICES[role]) for role in roles) if method == "lora" else 0
+    block = value_bytes * ((norms + 7) * D + attention) + FLOAT32 * low
+    block += (FLOAT32 if copies else value_bytes) * inputs * D
     blocks = 1 if method == "last-block" or checkpointing else shape.layers
     kept = value_bytes * shape.layers * D if checkpointing and method != "last-block" else 0
-    temporary = max((12 if method == "lora" else 8) * D, 3 * attention)
+    results = 3 if method == "lora" and "mlp" in roles else 2
+    temporary = max(results * 4 * D, 3 * attention)
     return kept + blocks * block, value_bytes * temporary

@@ -12,7 +12,7 @@ from lora_in_practice import main
 from spam_classifier import memory_check
 from spam_classifier.memory_check import build_model, measure_step
 
-SMALL = Shape(layers=5, width=128, heads=4, vocabulary=2000, context=128)
+SMALL = Shape(layers=4, width=64, heads=4, vocabulary=500, context=64)
 MB = 1e6
 
 
@@ -32,16 +32,16 @@ class Checkpointed(torch.nn.Module):
     {"method": "last-block"},
     {},
     {"rank": 64},
-    {"tokens": 40},
-    {"tokens": 40, "fused_attention": True},
+    {"tokens": 30},
+    {"tokens": 30, "fused_attention": True},
     {"targets": ("query", "value")},
-    {"targets": ("mlp",)},
-    {"targets": ("projection",)},
+    {"targets": ("query", "mlp")},
+    {"targets": ("query", "projection")},
     {"base_dtype": "bfloat16"},
-    {"base_dtype": "bfloat16", "targets": ("query", "mlp")},
+    {"base_dtype": "bfloat16", "targets": ("query", "value")},
 ], ids=str)
 def test_the_estimate_is_within_a_tenth_of_what_a_step_takes(options):
-    sizes = {"batch_size": 6, "tokens": 100} | options
+    sizes = {"batch_size": 4, "tokens": 60} | options
     tokens = {name: sizes.pop(name) for name in ("batch_size", "tokens")}
     model = build_model(SMALL, **sizes)
     estimate = estimate_memory(SMALL, **sizes, **tokens)
@@ -54,8 +54,8 @@ def test_the_estimate_with_checkpointing_is_within_a_tenth_of_what_a_step_takes(
     model = build_model(SMALL)
     for number, block in enumerate(model.trf_blocks):
         model.trf_blocks[number] = Checkpointed(block)
-    plain, less = (estimate_memory(SMALL, tokens=100, gradient_checkpointing=on) for on in (False, True))
-    tensors, _ = measure_step(model, 8, 100)
+    plain, less = (estimate_memory(SMALL, tokens=60, gradient_checkpointing=on) for on in (False, True))
+    tensors, _ = measure_step(model, 8, 60)
     assert tensors == pytest.approx(less.total, rel=0.1) and less.total < 0.6 * plain.total
 
 
@@ -84,8 +84,8 @@ def test_each_dtype_takes_its_bytes():
 
 
 def test_a_language_models_logits_count_for_every_token():
-    classifier, language = (estimate_memory(SMALL, classes=classes) for classes in (2, None))
-    more = 8 * 120 * 3 * 4 * (SMALL.vocabulary - 2)
+    classifier, language = (estimate_memory(SMALL, classes=classes, tokens=50) for classes in (2, None))
+    more = 8 * 50 * 3 * 4 * (SMALL.vocabulary - 2)
     assert language.activations - classifier.activations == more
     assert language.parameters < classifier.parameters
 
@@ -99,11 +99,11 @@ def test_a_language_models_logits_count_for_every_token():
     ({"rank": 0}, "rank must be at least 1"),
     ({"batch_size": 0}, "batch_size must be at least 1"),
     ({"classes": -1}, "classes must be at least 1"),
-    ({"tokens": 129}, "at most 128"),
+    ({"tokens": 65}, "at most 64"),
 ])
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        estimate_memory(SMALL, **options)
+        estimate_memory(SMALL, **{"tokens": 9} | options)
 
 
 @pytest.mark.parametrize("parameters", [0, -1, 1e5, 1e15, float("nan")])
@@ -125,7 +125,7 @@ def test_the_command_prints_the_terms_and_their_peak(capsys):
 
 def test_the_command_measures_a_step_if_asked(capsys, monkeypatch):
     monkeypatch.setitem(lora_in_practice.GPT2_SHAPES, "tiny", replace(SMALL, vocabulary=100))
-    main(["memory", "--model", "tiny", "--measure", "--targets", "query", "--batch-size", "2"])
+    main(["memory", "--model", "tiny", "--measure", "--targets", "query", "--tokens", "9"])
     out = capsys.readouterr().out
     assert "measured: tensors" in out and "the whole process" in out
     with pytest.raises(SystemExit, match="leave out"):
