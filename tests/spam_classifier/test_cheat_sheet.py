@@ -46,7 +46,7 @@ def test_what_the_sheet_quotes_is_in_the_stored_comparison(method, quoted):
 
 def test_the_sheet_quotes_no_other_scores():
     stored = " ".join(stored_comparison().values())
-    assert all(score in stored for score in re.findall(r"[\d.]+ ± [\d.]+", SHEET))
+    assert all(score in stored for score in re.findall(r"\d+\.\d ± \d\.\d", SHEET))
 
 
 def parse(command):
@@ -59,7 +59,7 @@ def test_the_sheets_estimates_are_the_calculators_and_near_the_measurements(
 ):
     options = parse(f"memory {flags}")
     for name in ("command", "params", "language_model", "measure"):
-        del options[name]
+        options.pop(name, None)
     total = estimate_memory(GPT2_SHAPES[options.pop("model")], **options).total / 1e6
     estimate, tensors, process = (int(text.replace(",", "")) for text in (estimate, tensors, process))
     assert round(total) == estimate
@@ -67,7 +67,8 @@ def test_the_sheets_estimates_are_the_calculators_and_near_the_measurements(
 
 
 def test_the_commands_of_both_pages_are_understood():
-    commands = [c for page in PAGES for c in re.findall(r"python appendix-E/lora_in_practice\.py ([^`\n]+)", page)]
+    pattern = r"python appendix-E/lora_in_practice\.py ([^`\n]+)"
+    commands = [command for page in PAGES for command in re.findall(pattern, page)]
     assert len(ROWS) == 12 and len(commands) >= 3
     for command in commands:
         assert parse(command)["command"].__name__ == f"{command.split()[0]}_command"

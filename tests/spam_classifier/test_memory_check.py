@@ -74,7 +74,8 @@ def test_a_shape_of_so_many_parameters_has_about_so_many(parameters):
 
 def test_each_dtype_takes_its_bytes():
     shape = GPT2_SHAPES["124M"]
-    sizes = {dtype: estimate_memory(shape, base_dtype=dtype) for dtype in ("float32", "bfloat16", "int8", "nf4")}
+    dtypes = ("float32", "bfloat16", "int8", "nf4")
+    sizes = {dtype: estimate_memory(shape, base_dtype=dtype) for dtype in dtypes}
     trained = 4 * sizes["float32"].trained
     frozen = sizes["float32"].parameters - sizes["float32"].trained
     packed = 12 * 12 * 768**2
