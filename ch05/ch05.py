@@ -367,7 +367,7 @@ def matching_weights(gpt, params):
     for number, block in enumerate(gpt.trf_blocks):
         yield from block_weights(f"h{number}", block, params["blocks"][number])
     yield from norm_weights("ln_f", gpt.final_norm, params)
-    # GPT-2 has no output layer of its own and uses wte; some fine-tuned files do.
+    # GPT-2 has no output layer and uses wte again; some fine-tuned files have one.
     head = params.get("lm_head", params["wte"])
     yield "output head", gpt.out_head, "weight", head
 
