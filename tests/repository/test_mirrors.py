@@ -24,8 +24,7 @@ MIRRORS = {  # notebook: the modules whose definitions it shows
 DRAWING = "draws or measures something in the notebook alone"
 TRY_OUT = "tries a definition out, in the notebook alone"
 NOTEBOOK_ONLY = {
-    "count": TRY_OUT, "matrix_box": DRAWING, "path_arrow": DRAWING, "relative_change": DRAWING,
-    "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
+    "count": TRY_OUT, "relative_change": DRAWING, "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
 }
 
 BOOK_NAMES = {
