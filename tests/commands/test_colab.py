@@ -1,6 +1,6 @@
-"""The notebooks' first cell: in Colab, simulated in a fresh interpreter, and in a kernel without our packages.
+"""The notebooks' first cell: in Colab, simulated in a fresh interpreter, and without our packages.
 
-In these tests git clones a local copy of the repository, and pip is a stand-in that writes down its arguments.
+Git clones a local copy of the repository here, and pip is a stand-in that prints its arguments.
 """
 
 import os
@@ -51,7 +51,8 @@ def first_cell(name):
 def colab(tmp_path):
     """A folder with a Python that lacks the book's packages and with a clone's source; {variable: value}."""
     origin, env = tmp_path / "origin", tmp_path / "venv"
-    shutil.copytree(REPOSITORY, origin, ignore=shutil.ignore_patterns(".*", "build", "downloads", "*.safetensors"))
+    left_out = shutil.ignore_patterns(".*", "build", "downloads", "*.safetensors")
+    shutil.copytree(REPOSITORY, origin, ignore=left_out)
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", "-C", str(origin)]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
         subprocess.run([*git, *command], check=True)

@@ -1,4 +1,4 @@
-"""Every notebook has its frame: links, the Colab badge and the first cell, with the address of pyproject.toml."""
+"""Every notebook has its frame: links, the Colab badge, first cell, with the one public address."""
 
 import nbformat
 import pytest
