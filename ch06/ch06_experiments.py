@@ -67,9 +67,9 @@ VARIANTS = (  # those with the same frozen part together, the slowest at the end
     Variant("no padding, one message per step", answer="last real", batch_size=1),
     Variant("padded to the context", padded_to="context"),
     Variant("no causal mask", causal=False),
-    Variant("last two blocks", trained="last two blocks"),
     Variant("all ham, class weights", balanced=False, class_weights=True, epochs=1),
     Variant("all ham, no class weights", balanced=False, epochs=1),
+    Variant("last two blocks", trained="last two blocks"),
     Variant("all weights", trained="all"),
     Variant("all weights, from random ones", trained="all", pretrained=False),
 )
