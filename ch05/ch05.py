@@ -181,19 +181,19 @@ def train_model_simple(
     if not start_context:
         raise ValueError("start_context is empty: give it a word, or <|endoftext|>")
     train_losses, val_losses, track_tokens_seen = [], [], []
-    tokens_seen, global_step = 0, -1
+    tokens_seen, global_step = 0, -1  # the first step is number 0
     for epoch in range(num_epochs):
-        model.train()
+        model.train()  # dropout on
         batches = with_progress(train_loader, f"epoch {epoch + 1}", progress)
         for input_batch, target_batch in batches:
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # backward adds to the gradients that are there
             loss = calc_loss_batch(input_batch, target_batch, model, device)
             check_divergence([loss], steps=global_step + 1)
-            loss.backward()
-            optimizer.step()
+            loss.backward()  # a gradient per weight: which way the loss grows
+            optimizer.step()  # the other way, a little
             tokens_seen += input_batch.numel()
             global_step += 1
-            if global_step % eval_freq == 0:
+            if global_step % eval_freq == 0:  # not each time: it takes long
                 train_loss, val_loss = evaluate_model(
                     model, train_loader, val_loader, device, eval_iter
                 )
@@ -332,6 +332,7 @@ def assign(left, right):
 
 def linear_weights(name, linear, arrays):
     """Yield (name, module, attribute, array) of a linear layer: w (in, out) transposed, b (out,)."""
+    # OpenAI's layers store (in, out), PyTorch's (out, in): the transpose fits.
     yield f"{name}.w", linear, "weight", arrays["w"].T
     yield f"{name}.b", linear, "bias", arrays["b"]
 
@@ -345,7 +346,8 @@ def norm_weights(name, norm, arrays):
 def block_weights(name, block, arrays):
     """Yield (name, module, attribute, array) for the arrays of one transformer block."""
     attn, mlp = arrays["attn"], arrays["mlp"]
-    weights = np.array_split(attn["c_attn"]["w"], 3, axis=-1)  # query, key, value
+    # c_attn computes query, key and value with one matrix (D, 3 D); we have three layers.
+    weights = np.array_split(attn["c_attn"]["w"], 3, axis=-1)
     biases = np.array_split(attn["c_attn"]["b"], 3)
     query, key, value = ({"w": w, "b": b} for w, b in zip(weights, biases, strict=True))
     yield from linear_weights(f"{name}.attn.c_attn[q]", block.att.W_query, query)
@@ -365,7 +367,8 @@ def matching_weights(gpt, params):
     for number, block in enumerate(gpt.trf_blocks):
         yield from block_weights(f"h{number}", block, params["blocks"][number])
     yield from norm_weights("ln_f", gpt.final_norm, params)
-    head = params.get("lm_head", params["wte"])  # GPT-2's own head is tied to wte
+    # GPT-2 has no output layer of its own, it uses wte again; some fine-tuned files have one.
+    head = params.get("lm_head", params["wte"])
     yield "output head", gpt.out_head, "weight", head
 
 

@@ -30,8 +30,8 @@ def write_checkpoint(path, checkpoint):
             torch.save(checkpoint, partial)
             torch.load(partial, weights_only=True, mmap=True)
         except (pickle.PickleError, AttributeError, TypeError) as error:
-            found = re.search(r"GLOBAL (\S+)", str(error))  # torch names the class that it refuses
-            reason = f"it contains {found[1]}" if found else error
+            refused = re.search(r"GLOBAL (\S+)", str(error))  # torch names the class
+            reason = f"it contains {refused[1]}" if refused else error
             raise ValueError(
                 f"{path} is not written ({reason}): pass tensors and plain Python values, "
                 "for example .item() of a NumPy number"
@@ -98,8 +98,8 @@ def read_checkpoint(path, device="cpu"):
     except (RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
         reason = str(error).partition("\n")[0]  # torch raises many kinds here
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    if found != CHECKPOINT_FORMAT or not {"config", "model"} <= checkpoint.keys():
+    stored_format = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if stored_format != CHECKPOINT_FORMAT or not {"config", "model"} <= checkpoint.keys():
         raise ValueError(
             f"{path} is not from save_checkpoint: it has no config; read weights alone "
             "with GPTModel(cfg).load_state_dict(torch.load(path))"

@@ -32,7 +32,8 @@ def pip_install(*arguments):
 def main(folder):
     pip_install(*packages())
     pip_install("--no-deps", "-e", str(SETUP.parent))
-    site.addsitedir(sysconfig.get_paths()["purelib"])
+    # Nothing counts as known: %run takes this file's folder off sys.path again when it ends.
+    site.addsitedir(sysconfig.get_paths()["purelib"], known_paths=set())
     os.chdir(SETUP.parent / folder)
 
 

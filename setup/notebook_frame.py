@@ -48,7 +48,7 @@ except ImportError:
 
 
 def read_address(path=REPOSITORY / "pyproject.toml"):
-    """Return the repository's public address, https://github.com/OWNER/REPOSITORY."""
+    """Return the repository's public address on GitHub, which pyproject.toml contains."""
     return re.search(r'^Repository = "(.*)"$', path.read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 

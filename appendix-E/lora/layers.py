@@ -13,18 +13,17 @@ from torch import nn
 from appendix_e import LinearWithLoRA, check_layers, count_parameters, freeze, warn_of_the_rest
 from lora.precision import is_wide, keep_in_float32
 
-ROLES = {  # name endings here, in Llama, (Distil)BERT and Hugging Face's GPT-2
-    "query": ("W_query", "q_proj", "query", "q_lin", "c_attn"),  # c_attn: all three
-    "key": ("W_key", "k_proj", "key", "k_lin", "c_attn"),
-    "value": ("W_value", "v_proj", "value", "v_lin", "c_attn"),
-    "projection": (
-        "out_proj", "o_proj", "out_lin", "attn.c_proj", "attention.output.dense",
-    ),
-    "mlp": (
-        "ff.layers.[0-9]", "gate_proj", "up_proj", "down_proj", "fc1", "fc2",
-        "lin1", "lin2", "mlp.c_fc", "mlp.c_proj", "intermediate.dense", "output.dense",
-    ),
-    "head": ("out_head", "lm_head", "score", "classifier", "pre_classifier"),
+QKV = "c_attn"  # GPT-2's query, key and value in one layer
+ROLES = {  # name endings here, in Llama, BERT and its kin, T5 and Hugging Face's GPT-2
+    "query": ("W_query", "query", "q_proj", "query_proj", "q_lin", "*Attention.q", QKV),
+    "key": ("W_key", "key", "k_proj", "key_proj", "k_lin", "*Attention.k", QKV),
+    "value": ("W_value", "value", "v_proj", "value_proj", "v_lin", "*Attention.v", QKV),
+    "projection": ("out_proj", "o_proj", "out_lin", "attn.c_proj", "*Attention.o",
+                   "attention.output.dense"),
+    "mlp": ("ff.layers.[0-9]", "gate_proj", "up_proj", "down_proj", "fc[12]",
+            "lin[12]", "wi", "wi_[01]", "wo", "mlp.c_fc", "mlp.c_proj",
+            "intermediate.dense", "output.dense"),
+    "head": ("out_head", "lm_head", "score", "*classifier", "classification_head"),
 }
 
 

@@ -1,5 +1,6 @@
 """`compare_with_book` prints a run's numbers beside the book's."""
 
+import math
 from decimal import Decimal
 
 
@@ -31,10 +32,15 @@ def judge(what, number, printed):
     if len(here) != len(book):
         raise ValueError(f"{what}: the book prints {len(book)} number(s), this run has {len(here)}")
     texts = [as_printed(value, model) for value, model in zip(here, book)]
+    return " ".join(texts) + (" %" if "%" in printed else ""), find_verdict(texts, book)
+
+
+def find_verdict(texts, book):
+    if not all(map(math.isfinite, map(as_decimal, texts))):
+        return "is not a number"
     differences = [as_decimal(ours) - as_decimal(theirs) for ours, theirs in zip(texts, book)]
     largest = max(differences, key=abs)
-    verdict = f"differs by {largest:+,f}" if largest else "as in the book"
-    return " ".join(texts) + (" %" if "%" in printed else ""), verdict
+    return f"differs by {largest:+,f}" if largest else "as in the book"
 
 
 def as_printed(value, model):

@@ -354,4 +354,28 @@ def test_device_is_cuda_then_recent_mps_then_cpu(monkeypatch, cuda, mps, version
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(ch04.torch, "__version__", version)
+    monkeypatch.delenv("LLM_DEVICE", raising=False)
     assert pick_device().type == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cuda", "mps", "expected"),
+    [
+        ("cpu", True, True, "cpu"), (" CPU ", True, False, "cpu"), ("mps", True, True, "mps"),
+        ("", True, True, "cuda"),
+    ],
+)
+def test_the_variable_chooses_the_device(monkeypatch, wanted, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setenv("LLM_DEVICE", wanted)
+    assert pick_device().type == expected
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "gpu", "cuda:7"])
+def test_a_device_that_this_machine_lacks_is_refused_with_those_it_has(monkeypatch, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setenv("LLM_DEVICE", wanted)
+    with pytest.raises(ValueError, match=f"LLM_DEVICE={wanted}: this machine has cpu"):
+        pick_device()

@@ -14,6 +14,7 @@ import torch
 import appendix_e
 import listings
 from book_assets.table import REPOSITORY
+from notebooks import ABRIDGED, definitions, source, tagged
 
 LISTINGS = REPOSITORY / "appendix-E" / "listings.py"
 TIKTOKEN_NAMES = {  # of the two files in tiktoken's cache
@@ -134,18 +135,35 @@ def test_importing_the_listings_neither_downloads_nor_trains(tmp_path, monkeypat
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
-def test_the_listings_classes_are_the_modules_without_its_options():
-    models = []
-    for source in (listings, appendix_e):
-        torch.manual_seed(123)
-        model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Sequential(torch.nn.Linear(8, 3)))
-        source.replace_linear_with_lora(model, 2, 4)
-        torch.nn.init.ones_(model[0].lora.B)
-        models.append(model)
+def trained(source):
+    """Return a model with LoRA of the module `source` after three steps of AdamW, and its outputs."""
+    torch.manual_seed(123)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Sequential(torch.nn.Linear(8, 3)))
+    appendix_e.freeze(model)
+    source.replace_linear_with_lora(model, 2, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     x = torch.randn(5, 6)
-    torch.testing.assert_close(models[0](x), models[1](x))
-    assert str(models[0]) == str(models[1])
-    assert models[0].state_dict().keys() == models[1].state_dict().keys()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return model, model(x)
+
+
+def test_the_listings_classes_give_the_modules_numbers_bit_for_bit_in_training_too():
+    (printed, printed_outputs), (ours, our_outputs) = trained(listings), trained(appendix_e)
+    assert str(printed) == str(ours)
+    assert torch.equal(printed_outputs, our_outputs)
+    expected = printed.state_dict()
+    assert expected["0.lora.B"].any() and expected.keys() == ours.state_dict().keys()
+    assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
+
+
+def test_the_notebook_shows_the_listings_definitions_first():
+    cells = [source(cell) for cell in tagged(REPOSITORY / "appendix-E" / "appendix-E.ipynb", ABRIDGED)]
+    printed = definitions(LISTINGS.read_text(encoding="utf-8"))
+    assert definitions("\n\n".join(cells)) == printed
+    assert [len(text.splitlines()) for text in printed.values()] == [10, 9, 6]
 
 
 PRINTED = """

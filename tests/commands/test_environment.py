@@ -5,7 +5,6 @@ In these tests pip is a stand-in that writes down its arguments.
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import venv
@@ -179,38 +178,3 @@ def test_its_own_lines_may_go_to_a_closed_pipe(place, variables, shell, tmp_path
     path = variables["PATH"]
     assert shell(f'export PATH="{path}" PYTHONPATH=; $PYTHON {line}').code == 0
     assert len(log(place)) == 1 and (tmp_path / "out").read_text(encoding="utf-8")
-
-
-# Colab
-
-
-def colab_lines():
-    text = (REPOSITORY / "setup" / "README.md").read_text(encoding="utf-8")
-    (block,) = [block for block in text.split("```") if "git clone" in block]
-    return block.strip().splitlines()
-
-
-def test_colabs_first_cell_needs_no_restart(tmp_path):
-    """In a Python that runs already, in the repository's root, as `%cd` and `%pip install -e .` leave it."""
-    lines = colab_lines()
-    assert [line.split()[0] for line in lines[:4]] == ["!git", "%cd", "%pip", "%pip"]
-    venv.create(tmp_path / "venv", symlinks=True)
-    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    settings = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
-    names = json.loads(re.search(r"dev-mode-dirs = (\[.*\])", settings)[1])
-    folders = [str(REPOSITORY / name) for name in names]
-    program = [
-        "from importlib.util import find_spec",
-        f"open({str(packages / 'book.pth')!r}, 'w').write({os.linesep.join(folders)!r})",
-        "before = find_spec('ch04').origin",
-        *lines[4:],
-        "import book_assets",
-        "print(before, find_spec('ch04').origin, find_spec('gpt_download').origin)",
-    ]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    output = subprocess.run(
-        [tmp_path / "venv" / "bin" / "python", "-c", "\n".join(program)],
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True,
-    ).stdout
-    expected = [REPOSITORY / "ch04" / "ch04.py", REPOSITORY / "ch05" / "gpt_download.py"]
-    assert output.split() == ["None", *map(str, expected)]

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from book_assets.table import REPOSITORY
-from notebooks import ABRIDGED, all_cells, cells, definitions, source
+from notebooks import ABRIDGED, FRAME, all_cells, cells, definitions, source
 
 LORA = tuple(f"appendix-E/lora/{name}" for name in ("layers", "adapters", "files", "peft_format"))
 SPAM = ("appendix-E/spam_classifier/evaluation", "appendix-E/spam_classifier/experiments")
@@ -24,8 +24,7 @@ MIRRORS = {  # notebook: the modules whose definitions it shows
 DRAWING = "draws or measures something in the notebook alone"
 TRY_OUT = "tries a definition out, in the notebook alone"
 NOTEBOOK_ONLY = {
-    "count": TRY_OUT, "matrix_box": DRAWING, "path_arrow": DRAWING, "relative_change": DRAWING,
-    "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
+    "count": TRY_OUT, "relative_change": DRAWING, "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
 }
 
 BOOK_NAMES = {
@@ -59,10 +58,10 @@ def module_source(notebook):
 
 
 def notebook_source(notebook, without=()):
-    """Return the notebook's code, but for cells with one of the tags `without`."""
+    """Return the notebook's own code, but for cells with one of the tags `without`."""
     code = [
         source(cell) for cell in cells(REPOSITORY / f"{notebook}.ipynb")
-        if not {*without} & {*cell["metadata"].get("tags", [])}
+        if not {FRAME, *without} & {*cell["metadata"].get("tags", [])}
     ]
     return re.sub(r"^[%!].*$", "", "\n\n".join(code), flags=re.MULTILINE)
 

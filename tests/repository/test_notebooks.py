@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from notebooks import ABRIDGED, CHECK, NOTEBOOKS, SKIP, all_cells, cells, source, tagged
+from notebooks import ABRIDGED, CHECK, FRAME, NOTEBOOKS, SKIP, all_cells, cells, source, tagged
 
 MIN_COMPARED = 5
 MOST_CELLS, MOST_CELLS_OF_A_CHAPTER = 60, 90
@@ -65,13 +65,13 @@ def test_checked_cells_have_outputs_and_tags_are_known(path):
     for cell in tagged(path, CHECK):
         assert cell["outputs"], "nothing to compare: " + source(cell)[:80]
     used = {tag for cell in cells(path) for tag in cell["metadata"].get("tags", [])}
-    assert used <= {CHECK, SKIP, ABRIDGED}
+    assert used <= {CHECK, SKIP, ABRIDGED, FRAME}
     assert not any("NBVAL" in source(cell) for cell in cells(path)), "use a tag"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
 def test_code_is_interrupted_by_sentences(path):
-    kinds = [cell["cell_type"] for cell in all_cells(path)]
+    kinds = [cell["cell_type"] for cell in all_cells(path) if FRAME not in cell["metadata"].get("tags", [])]
     assert len(kinds) <= (MOST_CELLS_OF_A_CHAPTER if path.stem in CHAPTERS else MOST_CELLS)
     runs = "".join("c" if kind == "code" else " " for kind in kinds).split()
     assert max(map(len, runs)) <= MOST_CODE_CELLS_IN_A_ROW

@@ -11,7 +11,7 @@ NOTEBOOKS = sorted(
     for path in REPOSITORY.glob(pattern)
     if not any(part.startswith((".", "build")) for part in path.relative_to(REPOSITORY).parts)
 )
-CHECK, SKIP, ABRIDGED = "nbval-check-output", "nbval-skip", "abridged"
+CHECK, SKIP, ABRIDGED, FRAME = "nbval-check-output", "nbval-skip", "abridged", "frame"
 
 
 def all_cells(path):

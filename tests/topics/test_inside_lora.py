@@ -1,19 +1,10 @@
-"""What inside-lora.ipynb tries things on: the small model, the noise in place of training, the drawings."""
+"""What inside-lora.ipynb tries things on: the small model, the noise in place of training."""
 
-import pytest
 import torch
-from matplotlib.figure import Figure
 
 from lora.adapters import take_adapter
 from lora.layers import apply_lora, find_layers, is_conv1d
-from topics.inside_lora import (
-    Conv1D,
-    compute_update,
-    draw_adding,
-    draw_merging,
-    pretend_training,
-    small_model,
-)
+from topics.inside_lora import Conv1D, compute_update, pretend_training, small_model
 
 
 def test_every_call_returns_the_same_model():
@@ -45,9 +36,3 @@ def test_the_stand_in_is_recognised_and_computes_what_transformers_computes():
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(4, 5)
     assert is_conv1d(ours) and torch.allclose(ours(x), theirs(x))
-
-
-@pytest.mark.parametrize("draw", [draw_merging, draw_adding])
-def test_drawings_are_figures_on_a_white_background(draw):
-    figure = draw()
-    assert isinstance(figure, Figure) and figure.get_facecolor() == (1, 1, 1, 1)

@@ -1,17 +1,99 @@
-"""The figures of what-lora-buys.ipynb, on made-up runs."""
+"""Splits with and without leaks, and the figures of what-lora-buys.ipynb, on made-up messages and runs."""
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 
-from spam_classifier.evaluation import wilson
+from book_assets import Choice
+from spam_classifier.evaluation import find_leaks, wilson
+from topics import what_lora_buys
 from topics.what_lora_buys import (
+    compare_splits,
+    make_split,
     noise_band,
     plot_confusion,
     plot_costs,
     plot_methods,
     plot_ranks,
+    plot_splits,
     summarise,
+    tabulate_splits,
 )
+
+EMBEDDED = Choice("embedded", "embedded")
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def make_messages():
+    """Ten copies of each of three advertisements, with other numbers, and 70 messages that occur once."""
+    texts = [f"{verb} {n} pounds now" for verb in ("Win", "Claim", "Get") for n in range(10)]
+    texts += ["see you at " + "o" * n for n in range(70)]
+    return pd.DataFrame({"Text": texts, "Label": [1] * 30 + [0] * 70})
+
+
+def test_the_copies_in_a_random_split_have_been_seen_and_those_in_a_grouped_split_have_not():
+    for seed in range(3):
+        parts, copied = make_split(make_messages(), "random", seed)
+        near = find_leaks(parts["test"], parts["train"], parts["validation"])["near"]
+        assert copied.any() and (copied == near).all()
+        assert (parts["test"]["Label"] == copied).all()
+    grouped = [make_split(make_messages(), "grouped", seed) for seed in range(9)]
+    assert any(copied.any() for _, copied in grouped)
+    assert all(copied.sum() % 10 == 0 for _, copied in grouped)  # whole advertisements
+    for parts, copied in grouped:
+        assert not find_leaks(parts["test"], parts["train"], parts["validation"])["near"].any()
+        assert (parts["test"]["Label"] == copied).all()
+
+
+def test_another_seed_splits_otherwise_and_the_same_seed_alike():
+    for kind in ("random", "grouped"):
+        one, again, other = (
+            list(make_split(make_messages(), kind, seed)[0]["test"]["Text"]) for seed in (1, 1, 2)
+        )
+        assert one == again != other
+
+
+def test_finished_splits_are_not_repeated(tmp_path, monkeypatch):
+    counts = {"messages": 10, "right": 8, "copied": 4, "copied_right": 4}
+    monkeypatch.setattr(what_lora_buys, "balanced_messages", lambda choice: make_messages())
+    monkeypatch.setattr(what_lora_buys, "judge_split", lambda *_: counts)
+    file, lines = tmp_path / "splits.jsonl", []
+    first = compare_splits(EMBEDDED, file, seeds=(1,), report=lines.append)
+    assert len(lines) == len(first) == 2
+    both = compare_splits(EMBEDDED, file, seeds=(1, 2), report=lines.append)
+    assert len(lines) == len(both) == 4
+    assert both["kind"].tolist() == ["random", "grouped"] * 2 and both["seed"].tolist() == [1, 1, 2, 2]
+    compare_splits(EMBEDDED, file, seeds=(1,), epochs=1, report=lines.append)
+    assert len(lines) == 6  # other settings are other runs
+
+
+def make_split_rows():
+    columns = ["kind", "messages", "right", "copied", "copied_right"]
+    rows = [
+        ("random", 100, 96, 20, 20), ("grouped", 100, 94, 10, 9),
+        ("random", 100, 98, 20, 20), ("grouped", 100, 96, 10, 10),
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_accuracies_of_splits_are_of_all_messages_of_copies_and_of_the_rest():
+    table = tabulate_splits(make_split_rows())
+    assert table.loc[("random", "all messages")].tolist() == [200, 97, 96, 98]
+    assert table.loc[("random", "without copies"), "mean"] == pytest.approx(100 * 154 / 160)
+    assert table.loc[("grouped", "with copies")].tolist() == [20, 95, 90, 100]
+
+
+def test_the_split_plot_shows_three_columns_and_joins_the_scores_of_one_classifier():
+    ax = plot_splits(make_split_rows()).axes[0]
+    joined = [line.get_ydata() for line in ax.lines[:2]]
+    np.testing.assert_allclose(joined, [[96, 95], [98, 97.5]])
+    assert [text.get_text() for text in ax.texts] == ["mean 97.0", "mean 96.2", "mean 95.0"]
 
 
 def make_runs(seeds=3, methods=4):
