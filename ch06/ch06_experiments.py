@@ -2,9 +2,10 @@
 
     python ch06/ch06_experiments.py --assets model=embedded,data=book --output ch06/experiments.jsonl
 
-trains every variant with every seed and adds one line of JSON per finished run to the file; what the file
-contains already is not trained again, so that an interrupted run resumes where it stopped. The seed draws
-the new head, random weights and the order of the training messages; the messages' split is the book's.
+trains each of VARIANTS, with --slow also SLOW_VARIANTS, with every seed, and adds one line of JSON per finished
+run to the file; what the file contains already is not trained again, so that an interrupted run resumes where
+it stopped. The seed draws the new head, random weights and the order of the training messages; the messages'
+split is the book's.
 Shapes in comments: B batch, T tokens, C classes. Accuracies are fractions between 0 and 1.
 """
 
@@ -58,7 +59,7 @@ class Variant:
     epochs: int = 5
 
 
-VARIANTS = (  # those with the same frozen part together, the slowest at the end
+VARIANTS = (  # those with the same frozen part together
     Variant("as in the chapter"),
     Variant("first position", answer="first"),
     Variant("last real token", answer="last real"),
@@ -70,6 +71,8 @@ VARIANTS = (  # those with the same frozen part together, the slowest at the end
     Variant("all ham, class weights", balanced=False, class_weights=True, epochs=1),
     Variant("all ham, no class weights", balanced=False, epochs=1),
     Variant("last two blocks", trained="last two blocks"),
+)
+SLOW_VARIANTS = (  # nothing is frozen: a run takes about ten times as long
     Variant("all weights", trained="all"),
     Variant("all weights, from random ones", trained="all", pretrained=False),
 )
@@ -321,8 +324,10 @@ def main(arguments=None):
     parser.add_argument("--assets", type=Choice.parse, required=True, help="such as model=embedded,data=book")
     parser.add_argument("--output", default=STORED, help="the file with one line of JSON per run")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 1 2 3")
+    parser.add_argument("--slow", action="store_true", help="also train all weights, which takes hours")
     args = parser.parse_args(arguments)
-    run_experiments(args.assets, args.output, seeds=args.seeds)
+    variants = VARIANTS + SLOW_VARIANTS * args.slow
+    run_experiments(args.assets, args.output, variants, args.seeds)
 
 
 if __name__ == "__main__":

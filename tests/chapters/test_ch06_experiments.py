@@ -140,7 +140,7 @@ def test_a_missing_file_has_no_runs(tmp_path):
 
 def test_the_stored_runs_are_each_variant_with_each_seed_on_the_books_messages():
     runs = experiments.read_experiments()
-    assert len(runs) == len(experiments.VARIANTS) * len(experiments.SEEDS)
+    assert len({(run["title"], run["seed"]) for run in runs}) == len(runs) == 3 * len(experiments.VARIANTS)
     for variant, seed in product(experiments.VARIANTS, experiments.SEEDS):
         key = json.loads(json.dumps(asdict(variant))) | {"seed": seed, "model": "tiny", "data": "book"}
         run = experiments.find_experiment(runs, key)
@@ -150,7 +150,18 @@ def test_the_stored_runs_are_each_variant_with_each_seed_on_the_books_messages()
 
 
 def test_every_published_result_belongs_to_a_variant():
-    assert experiments.PUBLISHED.keys() <= {variant.title for variant in experiments.VARIANTS}
+    variants = experiments.VARIANTS + experiments.SLOW_VARIANTS
+    assert experiments.PUBLISHED.keys() <= {variant.title for variant in variants}
+
+
+def test_the_command_trains_the_slow_variants_only_when_asked(tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(experiments, "run_experiments", lambda *arguments: chosen.append(arguments[2:]))
+    for flags in ([], ["--slow", "--seeds", "5"]):
+        experiments.main(["--assets", "embedded", "--output", str(tmp_path / "runs.jsonl"), *flags])
+    assert chosen == [
+        (experiments.VARIANTS, (1, 2, 3)), (experiments.VARIANTS + experiments.SLOW_VARIANTS, [5]),
+    ]
 
 
 def test_the_summary_has_mean_spread_and_students_interval():
