@@ -2,10 +2,10 @@
 
     python ch06/ch06_experiments.py --assets model=embedded,data=book --output ch06/experiments.jsonl
 
-trains each of VARIANTS, with --slow also SLOW_VARIANTS, with every seed, and adds one line of JSON per finished
-run to the file; what the file contains already is not trained again, so that an interrupted run resumes where
-it stopped. The seed draws the new head, random weights and the order of the training messages; the messages'
-split is the book's.
+trains each of VARIANTS, with --slow also SLOW_VARIANTS, with every seed, and adds one line of JSON per
+finished run to the file; what the file contains already is not trained again, so that an interrupted run
+resumes where it stopped. The seed draws the new head, random weights and the order of the training messages;
+the messages' split is the book's.
 Shapes in comments: B batch, T tokens, C classes. Accuracies are fractions between 0 and 1.
 """
 
