@@ -1,4 +1,4 @@
-"""LoRA in practice: fine-tune, evaluate, classify, merge, export, compare.
+"""LoRA in practice: fine-tune, evaluate, classify, merge, export, compare, estimate memory.
 
     python appendix-E/lora_in_practice.py finetune --assets embedded --output adapter
     python appendix-E/lora_in_practice.py classify --adapter adapter "Are we still on for dinner?"
@@ -28,6 +28,8 @@ from ch06 import save_classifier
 from fast_path.settings import HelpFormatter, TrainingSettings, add_flags, take_flags
 from lora.adapters import WEIGHTS_FILE, load_adapter, save_adapter
 from lora.layers import apply_lora, merge_lora, print_parameters, unmerge_lora
+from lora.memory_estimate import BODY, BYTES, GPT2_SHAPES, estimate_memory, shape_of
+from lora.memory_estimate import METHODS as TRAINED_PARTS
 from lora.peft_format import PEFT_SETTINGS, PEFT_WEIGHTS, export_peft, import_peft
 from spam_classifier.classifier import (
     CLASSES,
@@ -45,6 +47,7 @@ from spam_classifier.classifier import (
 )
 from spam_classifier.evaluation import confusion_matrix, find_leaks, interval_table, wrong_messages
 from spam_classifier.experiments import METHODS, compare, summary
+from spam_classifier.memory_check import build_model, measure_step
 
 __all__ = [
     "apply_lora", "count_parameters", "export_peft", "import_peft", "load_adapter", "merge_lora",
@@ -147,6 +150,32 @@ def compare_command(model_size, seeds, epochs, output, assets=None, methods=(), 
     print(summary(runs).to_string())
 
 
+def memory_command(model, params=None, language_model=False, measure=False, **options):
+    """Print how much memory a training step needs, from the size of the model.
+
+    The model is a GPT-2 as chapter 4 prints it, or one with so many parameters; appendix-E/CHEATSHEET.md
+    compares the estimates with measurements.
+    """
+    shape = shape_of(params) if params else GPT2_SHAPES[model]
+    estimate = estimate_memory(shape, classes=None if language_model else 2, **options)
+    print(f"{shape.layers} blocks, {shape.width} wide: {estimate.parameters:,} parameters, "
+          f"{estimate.trained:,} train ({estimate.trained / estimate.parameters:.2%})")
+    for name in ("weights", "optimizer", "gradients", "activations", "temporary", "scratch"):
+        print(f"{name:<17}{getattr(estimate, name) / 1e6:>12,.1f} MB")
+    print(f"peak of a step   {estimate.total / 1e6:>12,.1f} MB")
+    if measure:
+        tensors, whole = measure_in_this_process(shape, language_model, **options)
+        print(f"measured: tensors{tensors / 1e6:>12,.1f} MB")
+        print(f"the whole process{whole / 1e6:>12,.1f} MB" if whole else "")
+
+
+def measure_in_this_process(shape, language_model, batch_size, tokens, gradient_checkpointing, **options):
+    """Return `measure_step` of a random classifier; ValueError for what chapter 6's loop cannot train."""
+    if language_model or gradient_checkpointing:
+        raise ValueError("--measure trains chapter 6's classifier: leave out the other option")
+    return measure_step(build_model(shape, **options), batch_size, tokens)
+
+
 def choose_methods(words):
     """Return the `METHODS` with one of `words` in their titles; ValueError for a word that is in none."""
     titles = [method.title for method in METHODS]
@@ -195,6 +224,21 @@ COMMANDS = {  # name: its function and flags
         flag("--epochs", type=int, default=5, help="passes over the training messages"),
         flag("--methods", nargs="+", help="only those with one of these words in their title"),
         flag("--learning-rates", type=float, nargs="+", help="train each method with each of these"),
+    ),
+    "memory": (
+        memory_command,
+        flag("--model", choices=GPT2_SHAPES, default="124M", help="a GPT-2 of this size"),
+        flag("--params", type=float, help="another model, of about so many parameters, such as 7e9"),
+        flag("--method", choices=TRAINED_PARTS, default="lora", help="what trains"),
+        flag("--rank", type=int, default=16, help="columns of LoRA's A"),
+        flag("--targets", nargs="+", choices=BODY, default=BODY, help="layers that get LoRA"),
+        flag("--base-dtype", choices=BYTES, default="float32", help="of the frozen weights"),
+        flag("--batch-size", type=int, default=8, help="texts per step"),
+        flag("--tokens", type=int, default=120, help="tokens in each text"),
+        flag("--language-model", action="store_true", default=False, help="predict every next token"),
+        flag("--fused-attention", action="store_true", default=False, help="torch's attention kernel"),
+        flag("--gradient-checkpointing", action="store_true", default=False, help="recompute activations"),
+        flag("--measure", action="store_true", default=False, help="also take a real step on this CPU"),
     ),
 }
 

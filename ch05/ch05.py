@@ -346,7 +346,7 @@ def norm_weights(name, norm, arrays):
 def block_weights(name, block, arrays):
     """Yield (name, module, attribute, array) for the arrays of one transformer block."""
     attn, mlp = arrays["attn"], arrays["mlp"]
-    # c_attn computes query, key and value with one matrix (D, 3 D); we have three layers.
+    # c_attn is query, key and value in one matrix (D, 3 D); we have three layers.
     weights = np.array_split(attn["c_attn"]["w"], 3, axis=-1)
     biases = np.array_split(attn["c_attn"]["b"], 3)
     query, key, value = ({"w": w, "b": b} for w, b in zip(weights, biases, strict=True))
@@ -367,7 +367,7 @@ def matching_weights(gpt, params):
     for number, block in enumerate(gpt.trf_blocks):
         yield from block_weights(f"h{number}", block, params["blocks"][number])
     yield from norm_weights("ln_f", gpt.final_norm, params)
-    # GPT-2 has no output layer of its own, it uses wte again; some fine-tuned files have one.
+    # GPT-2 has no output layer and uses wte again; some fine-tuned files have one.
     head = params.get("lm_head", params["wte"])
     yield "output head", gpt.out_head, "weight", head
 

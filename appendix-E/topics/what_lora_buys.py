@@ -136,7 +136,8 @@ def plot_splits(table):
     for place, (values, color) in enumerate(zip(heights, (OTHER, LORA, LORA))):
         ax.plot([place] * len(values), values, "o", color=color, alpha=0.6, mec="none")
         ax.plot([place - 0.16, place + 0.16], [values.mean()] * 2, color=PALETTE["ink"], linewidth=2.5)
-        ax.annotate(f"mean {values.mean():.1f}", (place + 0.2, values.mean()), va="center")
+        mean = ax.annotate(f"mean {values.mean():.1f}", (place + 0.2, values.mean()), va="center")
+        mean.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # above the lines
     ax.set_xticks(range(3), columns)
     ax.set(xlim=(-0.4, 2.6), ylabel="test accuracy (%)")
     return fig

@@ -10,7 +10,7 @@ TOKENS = "The reader turned the page and found the next word waiting .".split()
 WINDOW = 4  # tokens
 
 
-def windows():
+def sliding_windows():
     """A sentence of twelve tokens, and windows of four of them. Inputs are blue bars; their targets, green
     bars, are the same windows one token further on. With stride 4 there are two windows, side by side; with
     stride 1 a window starts at every token, eight in all, of which three are drawn."""

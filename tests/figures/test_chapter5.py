@@ -42,7 +42,7 @@ def test_the_windows_are_those_of_the_dataset():
     side_by_side, overlapping = (
         len(GPTDatasetV1(sentence, tokenizer, chapter5.WINDOW, stride)) for stride in (4, 1)
     )
-    tinted = [patch for patch in draw("windows").axes[0].patches if patch.get_height() < 0.2]
+    tinted = [patch for patch in draw("sliding_windows").axes[0].patches if patch.get_height() < 0.2]
     assert len(tinted) / 2 == side_by_side + 3  # an input and a target each
     assert (side_by_side, overlapping) == (2, 3 + 5)  # "and five more"
 

@@ -7,6 +7,8 @@ import pytest
 
 from book_assets.table import REPOSITORY
 from draw_readme_picture import PICTURE, draw
+from notebook_frame import ORDER
+from notebooks import cells
 
 TEXT = re.compile("<!-- (.*?) -->", re.DOTALL)  # matplotlib writes each text above its letters' outlines
 SHAPE = re.compile(r'<path d="([^"]*)"[^>]*style="([^"]*)"')  # letters have an id first
@@ -57,3 +59,19 @@ def test_the_drawings_named_for_lecturers_exist():
     assert len(names) > 10
     modules = {module: import_module(f"book_figures.{module}") for module, _ in names}
     assert not [name for module, name in names if not callable(getattr(modules[module], name, None))]
+
+
+def test_the_readme_links_every_notebook():
+    text = read_page("README.md")
+    assert len(ORDER) >= 7
+    assert not [notebook for notebook in ORDER if f"]({notebook})" not in text]
+
+
+@pytest.mark.parametrize("row, notebook", [
+    ("chapter 6: last block", "ch06/ch06.ipynb"),
+    ("appendix E: LoRA as printed", "appendix-E/appendix-E.ipynb"),
+])
+def test_the_readmes_accuracies_are_those_of_the_stored_runs(row, notebook):
+    (ours,) = re.findall(rf"^\| {row}.*\| ([\d.]+) % \|$", read_page("README.md"), re.MULTILINE)
+    outputs = [cell["outputs"] for cell in cells(REPOSITORY / notebook)]
+    assert re.search(rf"\b{re.escape(ours)} ?%", str(outputs)), f"{notebook} stores another result"
