@@ -28,8 +28,7 @@ from ch06 import save_classifier
 from fast_path.settings import HelpFormatter, TrainingSettings, add_flags, take_flags
 from lora.adapters import WEIGHTS_FILE, load_adapter, save_adapter
 from lora.layers import apply_lora, merge_lora, print_parameters, unmerge_lora
-from lora.memory_estimate import BODY, BYTES, GPT2_SHAPES, estimate_memory, shape_of
-from lora.memory_estimate import METHODS as TRAINED_PARTS
+from lora.memory_estimate import BODY, BYTES, GPT2_SHAPES, WHAT_TRAINS, estimate_memory, shape_of
 from lora.peft_format import PEFT_SETTINGS, PEFT_WEIGHTS, export_peft, import_peft
 from spam_classifier.classifier import (
     CLASSES,
@@ -47,7 +46,7 @@ from spam_classifier.classifier import (
 )
 from spam_classifier.evaluation import confusion_matrix, find_leaks, interval_table, wrong_messages
 from spam_classifier.experiments import METHODS, compare, summary
-from spam_classifier.memory_check import build_model, measure_step
+from spam_classifier.memory_check import build_random_classifier, measure_step
 
 __all__ = [
     "apply_lora", "count_parameters", "export_peft", "import_peft", "load_adapter", "merge_lora",
@@ -173,7 +172,7 @@ def measure_in_this_process(shape, language_model, batch_size, tokens, gradient_
     """Return `measure_step` of a random classifier; ValueError for what chapter 6's loop cannot train."""
     if language_model or gradient_checkpointing:
         raise ValueError("--measure trains chapter 6's classifier: leave out the other option")
-    return measure_step(build_model(shape, **options), batch_size, tokens)
+    return measure_step(build_random_classifier(shape, **options), batch_size, tokens)
 
 
 def choose_methods(words):
@@ -229,7 +228,7 @@ COMMANDS = {  # name: its function and flags
         memory_command,
         flag("--model", choices=GPT2_SHAPES, default="124M", help="a GPT-2 of this size"),
         flag("--params", type=float, help="another model, of about so many parameters, such as 7e9"),
-        flag("--method", choices=TRAINED_PARTS, default="lora", help="what trains"),
+        flag("--method", choices=WHAT_TRAINS, default="lora", help="what trains"),
         flag("--rank", type=int, default=16, help="columns of LoRA's A"),
         flag("--targets", nargs="+", choices=BODY, default=BODY, help="layers that get LoRA"),
         flag("--base-dtype", choices=BYTES, default="float32", help="of the frozen weights"),

@@ -12,7 +12,7 @@ a CPU, Python and torch take some 300 MB more, and torch's libraries keep buffer
 from dataclasses import dataclass
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": 4.127 / 8}  # per frozen weight
-METHODS = ("lora", "full", "last-block")
+WHAT_TRAINS = ("lora", "full", "last-block")
 BODY = ("query", "key", "value", "projection", "mlp")
 FLOAT32 = 4  # bytes, of what trains, its gradient and each of AdamW's two averages
 MATRICES = {role: [(1, 1)] for role in BODY} | {"mlp": [(1, 4), (4, 1)]}  # (inputs, outputs) in widths
@@ -101,7 +101,7 @@ def estimate_memory(
     Raises ValueError for a value out of its range.
     """
     sizes = {"rank": rank, "batch_size": batch_size, "tokens": tokens, "classes": classes or 1}
-    check_options(shape, method, targets, base_dtype, sizes)
+    check_sizes(shape, method, targets, base_dtype, sizes)
     frozen_bytes = BYTES[base_dtype]
     value_bytes = max(frozen_bytes, 2)
     head = 0 if classes is None else (shape.width + 1) * classes
@@ -123,9 +123,9 @@ def estimate_memory(
     )
 
 
-def check_options(shape, method, targets, base_dtype, sizes):
+def check_sizes(shape, method, targets, base_dtype, sizes):
     """Raise ValueError, naming the possible values, for an option out of its range."""
-    for name, value, known in (("method", method, METHODS), ("base_dtype", base_dtype, BYTES)):
+    for name, value, known in (("method", method, WHAT_TRAINS), ("base_dtype", base_dtype, BYTES)):
         if value not in [*known]:
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
     if not {*targets} or {*targets} - {*BODY}:

@@ -12,7 +12,7 @@ from lora.memory_estimate import BODY, BYTES
 CPU = torch.device("cpu")
 
 
-def build_model(
+def build_random_classifier(
     shape, method="lora", rank=16, targets=BODY, base_dtype="float32", fused_attention=False
 ):
     """Return chapter 4's model of a `Shape`, random, with a head of two classes, ready for `measure_step`.

@@ -10,7 +10,7 @@ from appendix_e import count_parameters
 from lora.memory_estimate import BODY, GPT2_SHAPES, Shape, estimate_memory, shape_of
 from lora_in_practice import main
 from spam_classifier import memory_check
-from spam_classifier.memory_check import build_model, measure_step
+from spam_classifier.memory_check import build_random_classifier, measure_step
 
 SMALL = Shape(layers=4, width=64, heads=4, vocabulary=500, context=64)
 MB = 1e6
@@ -43,7 +43,7 @@ class Checkpointed(torch.nn.Module):
 def test_the_estimate_is_within_a_tenth_of_what_a_step_takes(options):
     sizes = {"batch_size": 4, "tokens": 60} | options
     tokens = {name: sizes.pop(name) for name in ("batch_size", "tokens")}
-    model = build_model(SMALL, **sizes)
+    model = build_random_classifier(SMALL, **sizes)
     estimate = estimate_memory(SMALL, **sizes, **tokens)
     assert (estimate.trained, estimate.parameters) == count_parameters(model)
     tensors, _ = measure_step(model, **tokens)
@@ -51,7 +51,7 @@ def test_the_estimate_is_within_a_tenth_of_what_a_step_takes(options):
 
 
 def test_the_estimate_with_checkpointing_is_within_a_tenth_of_what_a_step_takes():
-    model = build_model(SMALL)
+    model = build_random_classifier(SMALL)
     for number, block in enumerate(model.trf_blocks):
         model.trf_blocks[number] = Checkpointed(block)
     plain, less = (estimate_memory(SMALL, tokens=60, gradient_checkpointing=on) for on in (False, True))
@@ -62,7 +62,7 @@ def test_the_estimate_with_checkpointing_is_within_a_tenth_of_what_a_step_takes(
 @pytest.mark.parametrize("name, shape", GPT2_SHAPES.items())
 def test_the_parameters_of_gpt2_are_counted_exactly(name, shape):
     with torch.device("meta"):
-        trained, total = count_parameters(build_model(shape, rank=4, targets=("query", "mlp")))
+        trained, total = count_parameters(build_random_classifier(shape, rank=4, targets=("query", "mlp")))
     estimate = estimate_memory(shape, rank=4, targets=("query", "mlp"))
     assert (estimate.trained, estimate.parameters) == (trained, total)
 
