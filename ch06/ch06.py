@@ -278,17 +278,17 @@ def train_classifier_simple(
     train_losses, val_losses, train_accs, val_accs = [], [], [], []
     examples_seen, global_step = 0, -1
     for epoch in range(num_epochs):
-        model.train()
+        model.train()  # the evaluations below switch to eval mode
         batches = ch05.with_progress(train_loader, f"epoch {epoch + 1}", progress)
         for input_batch, target_batch in batches:
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # forget the last batch's gradients
             loss = calc_loss_batch(input_batch, target_batch, model, device)
             ch05.check_divergence([loss], steps=global_step + 1)
-            loss.backward()
-            optimizer.step()
+            loss.backward()  # the gradients of the weights that are not frozen
+            optimizer.step()  # a small step that lowers this batch's loss
             examples_seen += len(input_batch)
             global_step += 1
-            if global_step % eval_freq == 0:
+            if global_step % eval_freq == 0:  # look at both losses now and then
                 train_loss, val_loss = evaluate_model(
                     model, train_loader, val_loader, device, eval_iter
                 )

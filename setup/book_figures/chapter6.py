@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from book_figures.parts import SMALL, arrow, box, canvas, cells, line, write
 from book_figures.style import PALETTE
 
-PARTS = (  # left end, width, text, colour; None: no box
+FLOW = (  # left end, width, text, colour; None: no box
     (0.0, 0.55, "tokens", None), (0.75, 1.05, "token and\nposition\nembeddings", "grey"),
     (2.0, 0.75, "block 1", "grey"), (2.95, 0.2, "…", None), (3.35, 0.85, "last but\none block", "grey"),
     (4.4, 0.75, "last\nblock", "orange"), (5.35, 0.75, "final\nnorm", "orange"),
@@ -22,12 +22,12 @@ def new_head():
     the final normalisation and a new output layer are orange: trained. The old output layer, with 50,257
     outputs, is crossed out; the new one has two, not spam and spam."""
     fig, ax = canvas(8, 2.3)
-    for left, width, text, color in PARTS:
+    for left, width, text, color in FLOW:
         if color:
             box(ax, left + width / 2, 0.9, width, 0.75, text, color=color, size=SMALL)
         else:
             write(ax, left + width / 2, 0.9, text, size=SMALL)
-    for (left, width, *_), (following, *_) in pairwise(PARTS):
+    for (left, width, *_), (following, *_) in pairwise(FLOW):
         arrow(ax, (left + width, 0.9), (following, 0.9))
     box(ax, 7.1, 1.85, 1.6, 0.6, "50,257 outputs:\none per token", color="white", edge="grey", size=SMALL)
     for start, end in ((1.55, 2.15), (2.15, 1.55)):

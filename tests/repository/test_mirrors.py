@@ -25,6 +25,7 @@ DRAWING = "draws or measures something in the notebook alone"
 TRY_OUT = "tries a definition out, in the notebook alone"
 NOTEBOOK_ONLY = {
     "count": TRY_OUT, "relative_change": DRAWING, "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
+    "LastRealToken": TRY_OUT, "spam_probability": DRAWING,
 }
 
 BOOK_NAMES = {
