@@ -18,10 +18,10 @@ ROWS = re.findall(r"^\| `(--model .*?)` \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$"
 
 
 def stored_comparison():
-    """Return {method: text of its row} of the stored table in what-lora-buys.ipynb."""
+    """Return {method: text of its rows} of the stored tables in what-lora-buys.ipynb."""
     text = (FOLDER / "topics" / "what-lora-buys.ipynb").read_text(encoding="utf-8")
-    cells = [c for c in json.loads(text)["cells"] if "summary(runs)" in "".join(c["source"])]
-    (text,) = ("".join(cell["outputs"][0]["data"]["text/plain"]) for cell in cells)
+    outputs = [output for cell in json.loads(text)["cells"] for output in cell.get("outputs", [])]
+    text = "\n".join("".join(output.get("data", {}).get("text/plain", "")) for output in outputs)
     rows = {}
     for line in text.replace("\xa0", " ").splitlines():
         name, _, values = line.partition("  ")
