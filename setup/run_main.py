@@ -1,4 +1,4 @@
-"""The README's first command: create the environment, then fine-tune a spam classifier with LoRA.
+"""The main job: create the environment, then fine-tune a spam classifier with LoRA.
 
     python setup/run_main.py                   # the embedded model and messages
     python setup/run_main.py --assets book     # OpenAI's 124M weights, UCI's messages

@@ -1,4 +1,4 @@
-"""The README's first command: what it prints, what it writes, what it refuses."""
+"""The main job: what it prints, what it writes, what it refuses."""
 
 import json
 import re
