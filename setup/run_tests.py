@@ -1,4 +1,4 @@
-"""The README's second command: create the environment, then run the tests. Arguments go to pytest.
+"""The tests: create the environment, then run the tests. Arguments go to pytest.
 
     python setup/run_tests.py                  # all tests except the slow ones
     python setup/run_tests.py --slow           # all tests
