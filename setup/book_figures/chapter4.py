@@ -222,10 +222,10 @@ def generation_with_cache():
     fig, ax = canvas(8, 4.1)
     write(ax, 0.17, 3.9, "without a cache: the whole text", ha="left", weight="bold")
     draw_loop(ax, 3.2, ("Hello", ",", "I", "am"), "append, and read all five")
-    write(ax, 0.17, 2.1, "with a cache: only the newest token", ha="left", weight="bold")
-    draw_loop(ax, 1.4, ("am",), "read this one")
-    box(ax, 3.35, 0.2, 2.6, 0.32, "stored: keys and values of Hello , I", color="purple", size=SMALL)
-    arrow(ax, (3.35, 0.37), (3.35, 1.1), color="purple", style="<|-|>")
+    write(ax, 0.17, 2.15, "with a cache: only the newest token", ha="left", weight="bold")
+    draw_loop(ax, 0.9, ("am",), "read this one")
+    box(ax, 3.35, 1.75, 2.6, 0.32, "stored: keys and values of Hello , I", color="purple", size=SMALL)
+    arrow(ax, (3.35, 1.58), (3.35, 1.21), color="purple", style="<|-|>")
     return fig
 
 

@@ -29,9 +29,12 @@ def new_head():
             write(ax, left + width / 2, 0.9, text, size=SMALL)
     for (left, width, *_), (following, *_) in pairwise(FLOW):
         arrow(ax, (left + width, 0.9), (following, 0.9))
-    box(ax, 7.1, 1.85, 1.6, 0.6, "50,257 outputs:\none per token", color="white", edge="grey", size=SMALL)
-    for start, end in ((1.55, 2.15), (2.15, 1.55)):
-        line(ax, [(6.3, start), (7.9, end)], color="grey", zorder=2.5)
+    box(
+        ax, 7.1, 1.85, 1.6, 0.6, "50,257 outputs:\none per token", color="white", edge="grey", size=SMALL,
+        bbox={"fc": "white", "ec": "none", "pad": 0},  # the cross stays behind it
+    )
+    for start, end in ((1.5, 2.2), (2.2, 1.5)):
+        line(ax, [(6.22, start), (7.98, end)], color="ink", zorder=2.5)
     write(ax, 2.5, 0.25, "frozen: as pretrained", size=SMALL, weight="bold")
     write(ax, 6.1, 0.25, "trained on labelled messages", size=SMALL, color="orange", weight="bold")
     return fig
