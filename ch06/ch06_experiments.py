@@ -324,7 +324,7 @@ def main(arguments=None):
     parser.add_argument("--assets", type=Choice.parse, required=True, help="such as model=embedded,data=book")
     parser.add_argument("--output", default=STORED, help="the file with one line of JSON per run")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 1 2 3")
-    parser.add_argument("--slow", action="store_true", help="also train all weights, which takes hours")
+    parser.add_argument("--slow", action="store_true", help="also train all weights: half an hour")
     args = parser.parse_args(arguments)
     variants = VARIANTS + SLOW_VARIANTS * args.slow
     run_experiments(args.assets, args.output, variants, args.seeds)
