@@ -102,7 +102,7 @@ def train_with_lora(model, loaders, device, *, epochs, learning_rate, weight_dec
     )
     names = ("train_losses", "val_losses", "train_accs", "val_accs", "examples_seen")
     curves = dict(zip(names, results, strict=True))
-    return curves | {"training_seconds": round(time.perf_counter() - start, 1)}
+    return curves | {"training_seconds": round(time.perf_counter() - start, 3)}
 
 
 def save_plots(results, folder):
@@ -177,7 +177,7 @@ def run_main_job(choice, settings, folder):
     results = {
         "assets": asdict(choice), "settings": asdict(settings),
         "accuracy_before": before, "accuracy_after": after, **curves,
-        "seconds": round(time.perf_counter() - start, 1), "machine": describe_machine(device),
+        "seconds": round(time.perf_counter() - start, 3), "machine": describe_machine(device),
     }
     write_whole(folder / "results.json", json.dumps(results, indent=2, allow_nan=False))
     save_plots(results, folder)
@@ -187,7 +187,7 @@ def run_main_job(choice, settings, folder):
 
 def print_files(results, folder):
     """Print how long the main job took, what it has written and what to do with it."""
-    print(f"{results['seconds']} s, of these {results['training_seconds']} s training. Written:")
+    print(f"{results['seconds']:.1f} s, of these {results['training_seconds']:.1f} s training. Written:")
     print(*(f"  {path}" for path in output_files(folder)), sep="\n")
     script = Path(__file__).with_name("lora_in_practice.py")  # the reader may be in another folder
     classify = f'"{sys.executable}" "{script}" classify --adapter "{folder}"'
