@@ -71,6 +71,11 @@ class LoRALayer(nn.Module):
     def scale(self):
         return SCALINGS[self.scaling](self.alpha, self.rank)
 
+    def product(self, dtype=None):
+        """Return scale · A B, (in_dim, out_dim), computed in `dtype` (None: that of A and B)."""
+        A, B = (p.to(dtype or p.dtype) for p in (self.A, self.B))
+        return self.scale * (A @ B)
+
     def forward(self, x):
         kept = nn.functional.dropout(x, self.dropout, self.training)
         low = kept.to(self.A.dtype) @ self.A  # (…, rank)
@@ -80,34 +85,37 @@ class LoRALayer(nn.Module):
 class LinearWithLoRA(nn.Module):
     """linear(x) + lora(x): the original layer and a `LoRALayer` beside it.
 
-    `options` are LoRALayer's keywords; unless these say otherwise, A and B are on the linear's device,
-    in float32, or in float64 if the linear is. `weight`, for code that reads it instead of calling the
-    layer, is W + scale · (A B)ᵀ, (out_features, in_features), in W's dtype; a parameter assigned to it,
-    as tying does, becomes W. Source: listing E.6.
+    `branch` is the class of `lora`, LoRALayer or one built on it, and `options` are its keywords; unless
+    these say otherwise, A and B are on the linear's device, in float32, or in float64 if the linear is.
+    `weight`, for code that reads it instead of calling the layer, is W + scale · (A B)ᵀ, (out_features,
+    in_features), in W's dtype; a parameter assigned to it, as tying does, becomes W. Source: listing E.6.
     """
 
-    def __init__(self, linear, rank, alpha, **options):
+    def __init__(self, linear, rank, alpha, *, branch=LoRALayer, **options):
         super().__init__()
         self.linear = linear
         self.in_features, self.out_features = self.sizes()
         wide = torch.promote_types(linear.weight.dtype, torch.float32)
         like = {"device": linear.weight.device, "dtype": wide}
-        self.lora = LoRALayer(*self.sizes(), rank, alpha, **{**like, **options})
+        self.lora = branch(*self.sizes(), rank, alpha, **{**like, **options})
         self.train(linear.training)
 
     def sizes(self):
         """Return (in_dim, out_dim) of the base layer."""
         return self.linear.in_features, self.linear.out_features
 
+    def turn(self, matrix):
+        """Turn a matrix (in, out) into the orientation of `linear.weight`, or back."""
+        return matrix.T
+
     def update(self, dtype=None):
         """Return what LoRA adds to `linear.weight`, in its shape, computed in `dtype` (None: A's, B's)."""
-        A, B = (p.to(dtype or p.dtype) for p in (self.lora.A, self.lora.B))
-        return self.lora.scale * (A @ B).T
+        return self.turn(self.lora.product(dtype))
 
     @property
     def weight(self):
         base = self.linear.weight
-        wide = torch.promote_types(self.lora.A.dtype, torch.float32)
+        wide = torch.promote_types(next(self.lora.parameters()).dtype, torch.float32)
         update = self.update(wide)
         if base.shape != update.shape:
             raise ValueError("resized after LoRA was added: resize the model first")

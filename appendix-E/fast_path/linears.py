@@ -2,9 +2,9 @@
 
 `LinearWithLoRA` computes x Wᵀ + b + scale · (x A) B as five operations, each with its own result in
 memory. Here they are one operation: the low-rank part is added in place, backward computes no gradient
-of the frozen weight, and only x (N, in) and x A (N, rank) are kept for it. For layers that share x
-(query, key and value) the thin products x A are one product, and so are their gradients. The parameters
-stay in the layers.
+of the frozen weight, and only x (N, in) and x A (N, rank) are kept for it; with LoRA-FA, whose A is frozen
+too, x A alone. For layers that share x (query, key and value) the thin products x A are one product, and so
+are their gradients. The parameters stay in the layers.
 """
 
 import torch
@@ -18,7 +18,7 @@ class AdaptedLinears(torch.autograd.Function):
 
     Backward, with g_i = ∂loss/∂y_i and l_i = s_i · g_i B_iᵀ: ∂x = Σ g_i W_i + l_i A_iᵀ, ∂A_i = xᵀ l_i,
     ∂B_i = s_i · (x A_i)ᵀ g_i. x, W and b have one dtype, in which the products run; the gradients of
-    A and B come back in theirs.
+    A and B come back in theirs. If no A_i requires a gradient, x is not kept.
     """
 
     @staticmethod
@@ -27,7 +27,8 @@ class AdaptedLinears(torch.autograd.Function):
         A = torch.cat(As, dim=1).to(x.dtype)  # (in, sum of ranks)
         low = x @ A  # (N, sum of ranks)
         lows = low.split([a.shape[1] for a in As], dim=1)
-        ctx.save_for_backward(x, low, A, *weights, *factors)
+        ctx.trains_A = any(a.requires_grad for a in As)
+        ctx.save_for_backward(x if ctx.trains_A else None, low, A, *weights, *factors)
         ctx.scales = scales
         return tuple(
             linear(x, weight, bias).addmm_(part, b.to(x.dtype), alpha=scale)
@@ -43,7 +44,9 @@ class AdaptedLinears(torch.autograd.Function):
         scaled = [(g @ b.to(g.dtype).t()).mul_(s) for g, b, s in zip(grads, Bs, ctx.scales)]
         grad_low = torch.cat(scaled, dim=1)  # (N, sum of ranks)
         parts = zip(low.split(ranks, dim=1), grads, ctx.scales, Bs)
-        grad_As = [g.to(a.dtype) for g, a in zip((x.t() @ grad_low).split(ranks, dim=1), As)]
+        grad_As = [None] * count
+        if ctx.trains_A:
+            grad_As = [g.to(a.dtype) for g, a in zip((x.t() @ grad_low).split(ranks, dim=1), As)]
         grad_Bs = [(part.t() @ g).mul_(s).to(b.dtype) for part, g, s, b in parts]
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -54,9 +57,14 @@ class AdaptedLinears(torch.autograd.Function):
 
 
 def is_plain(layer):
-    """Return whether `layer` is a `LinearWithLoRA` with a frozen linear layer and no active dropout."""
+    """Return whether `layer` is a `LinearWithLoRA` with a frozen linear layer and no active dropout.
+
+    Its branch must have A and B alone: LoRA's relatives with more are called as they are.
+    """
     inner, lora = getattr(layer, "linear", None), getattr(layer, "lora", None)
     if not isinstance(inner, torch.nn.Linear) or not hasattr(lora, "scale"):
+        return False
+    if [name for name, _ in lora.named_parameters()] != ["A", "B"]:
         return False
     drops = layer.training and getattr(lora, "dropout", 0.0) > 0
     return not drops and not any(parameter.requires_grad for parameter in inner.parameters())

@@ -158,11 +158,12 @@ def stored_precision(model):
 # Training and prediction
 
 
-def fit(model, train, settings, device, validation=None):
+def fit(model, train, settings, device, validation=None, make_optimizer=None):
     """Train what requires a gradient with AdamW on `train`, a pair (encoded messages, labels).
 
     `model` comes from `prepare`; the messages are arrays of token ids (T,), the labels integers (N,). If
-    there is a `validation` pair, its accuracy is measured after every epoch. Returns a `History`. Raises
+    there is a `validation` pair, its accuracy is measured after every epoch. `make_optimizer`, called as
+    `adamw` is, makes another optimizer. Returns a `History`. Raises
     ValueError for a pair that `check_pair` refuses, a model that is not prepared and a loss that is not
     finite.
     """
@@ -171,7 +172,8 @@ def fit(model, train, settings, device, validation=None):
     keep_freed_memory()
     torch.manual_seed(settings.seed)
     start, history = time.perf_counter(), History()
-    run = TrainingRun(model, settings, device, total_steps(len(encoded), settings))
+    steps = total_steps(len(encoded), settings)
+    run = TrainingRun(model, settings, device, steps, make_optimizer or adamw)
     bar = tqdm(range(settings.epochs), "epochs", disable=not settings.progress, leave=False)
     for epoch in bar:
         history.losses += run.epoch(encoded, labels, seed=(settings.seed, epoch))
@@ -222,24 +224,30 @@ def total_steps(messages, settings):
     return settings.epochs * math.ceil(batches / settings.gradient_accumulation_steps)
 
 
+def adamw(model, learning_rate, *, total_steps, **options):
+    """Return torch.optim.AdamW for what requires a gradient; `total_steps`, the training's, is not used."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=learning_rate, **options)
+
+
 class TrainingRun:
     """The optimizer, schedule and scaler of one `fit`, and its passes over the data."""
 
-    def __init__(self, model, settings, device, steps):
+    def __init__(self, model, settings, device, steps, make_optimizer=adamw):
         self.model, self.settings, self.device = model, settings, device
         stored, chosen = stored_precision(model), choose_precision(device, settings.precision)
         self.precision = chosen if stored == "float32" else stored
         self.forward = last_token_logits
         if settings.compile:
             self.forward = torch.compile(last_token_logits, dynamic=True)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if {parameter.dtype for parameter in trained} != {torch.float32}:
+        trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+        if trained != {torch.float32}:
             raise ValueError(
                 "what trains must be some parameters in float32: "
                 "choose them with requires_grad, then call prepare(model, settings, device)"
             )
-        self.optimizer = torch.optim.AdamW(
-            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay,
+        self.optimizer = make_optimizer(
+            model, settings.learning_rate, total_steps=steps, weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
         fp16 = self.precision == "fp16"

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from appendix_e import SCALINGS, freeze
+from appendix_e import freeze
 from lora.files import WEIGHTS_FILE, read_files, write_adapter
 from lora.layers import (
     adapted_layers,
@@ -24,18 +23,17 @@ from lora.layers import (
     remove_lora,
     require_unmerged,
     swap,
-    with_lora,
 )
 from lora.precision import is_wide, keep_in_float32
-
-LAYER_SETTINGS = ("rank", "alpha", "scaling", "dropout")
+from lora.variants import DoRALayer, Relative, link_projections
+from lora.wrappers import branch_from, put_tensors, settings_of, with_lora
 
 
 @dataclass(frozen=True)
 class Adapter:
     """What training has changed, with what is needed to load it."""
 
-    layers: dict  # {layer's name: {rank, alpha, scaling, dropout}}
+    layers: dict  # {layer's name: {rank, alpha, scaling, dropout, and what a variant adds}}
     tensors: dict  # name.lora.A (in, rank), name.lora.B (rank, out), fully trained ones
     base: tuple = ()  # fingerprints of the base model, as it is and in float16
     notes: dict = field(default_factory=dict)  # anything for JSON
@@ -50,7 +48,7 @@ def base_parameters(model):
     for name, layer in adapted_layers(model).items():
         for part, _ in layer.linear.named_parameters():
             names[f"{name}.linear.{part}"] = f"{name}.{part}"
-        names |= dict.fromkeys((f"{name}.lora.A", f"{name}.lora.B"))  # None: omitted
+        names |= {f"{name}.lora.{part}": None for part, _ in layer.lora.named_parameters()}  # omitted
     named = {plain_name(model, name): p for name, p in model.named_parameters()}
     named = {names.get(name, name): p for name, p in named.items()}
     return {name: parameter for name, parameter in named.items() if name}
@@ -102,9 +100,8 @@ def take_adapter(model, notes=None):
     settings = {}
     parts = dict(full)
     for name, layer in layers.items():
-        settings[name] = {key: getattr(layer.lora, key) for key in LAYER_SETTINGS}
-        for part in "AB":
-            parts[f"{name}.lora.{part}"] = getattr(layer.lora, part)
+        settings[name] = settings_of(layer)
+        parts |= {f"{name}.lora.{part}": p for part, p in layer.lora.named_parameters()}
     tensors = {name: copy_to_cpu(p) for name, p in parts.items()}
     check_finite(tensors, "the training has diverged: lower its learning rate")
     return Adapter(settings, tensors, fingerprints(model, without=full), notes or {})
@@ -176,9 +173,15 @@ def modules_with(model, names):
 
 
 def full_tensors(adapter):
-    """Return {name: tensor} of the parameters trained in full: all tensors but A and B."""
-    low_rank = {f"{n}.lora.{part}" for n in adapter.layers for part in "AB"}
-    return {n: t for n, t in adapter.tensors.items() if n not in low_rank}
+    """Return {name: tensor} of the parameters trained in full: all tensors but those of the branches."""
+    branches = {f"{name}.lora" for name in adapter.layers}
+    return {n: t for n, t in adapter.tensors.items() if n.rpartition(".")[0] not in branches}
+
+
+def branch_tensors(adapter, layer):
+    """Return {A, B, …: tensor} of the branch beside one `layer` of the adapter."""
+    prefix = f"{layer}.lora."
+    return {n.removeprefix(prefix): t for n, t in adapter.tensors.items() if n.startswith(prefix)}
 
 
 def fitted_layers(model, adapter):
@@ -193,13 +196,13 @@ def fitted_layers(model, adapter):
             raise ValueError(f"no linear layer {name}: load the adapter's base model")
         with torch.device("meta"):  # no memory, no random numbers
             layer = with_lora(linear[name], **settings, device="meta")
-        for part in "AB":
-            key = f"{name}.lora.{part}"
-            tensor = adapter.tensors.get(key)
-            check_shape(key, tensor, getattr(layer.lora, part))
-            tensor = widen(tensor).to(linear[name].weight.device, copy=True)
-            setattr(layer.lora, part, nn.Parameter(tensor))
+        tensors = branch_tensors(adapter, name)
+        for part, like in layer.lora.named_parameters():
+            check_shape(f"{name}.lora.{part}", tensors.get(part), like)
+        place = linear[name].weight.device
+        put_tensors(layer.lora, {n: widen(t).to(place, copy=True) for n, t in tensors.items()})
         new[linear[name]] = layer
+    link_projections(layer.lora for layer in new.values())
     return new
 
 
@@ -302,24 +305,34 @@ def combine_adapters(first, second, weights=(1.0, 1.0), full_from=None):
         )
     layers = {}
     tensors = dict(full[full_from or 0])
+    parts = [plain_factors(adapter) for adapter in (first, second)]
     for name in {**first.layers, **second.layers}:
-        A, B = concatenate(name, (first, second), weights)
-        rank = A.shape[1]
-        layers[name] = {"rank": rank, "alpha": 1.0, "scaling": "alpha", "dropout": 0.0}
+        found = [(*part[name], w) for part, w in zip(parts, weights, strict=True) if name in part]
+        A = torch.cat([a for a, _, _ in found], dim=1)
+        B = torch.cat([w * b for _, b, w in found], dim=0)
+        layers[name] = {"rank": A.shape[1], "alpha": 1.0, "scaling": "alpha", "dropout": 0.0}
         tensors |= {f"{name}.lora.A": A, f"{name}.lora.B": B}
     check_finite(tensors, "give finite weights")
     return Adapter(layers, tensors, base)
 
 
-def concatenate(name, adapters, weights):
-    """Return A (in, r + s) and B (r + s, out) of one layer of both `adapters`, B scaled and weighted."""
-    parts_A, parts_B = [], []
-    for adapter, weight in zip(adapters, weights, strict=True):
-        if name in adapter.layers:
-            settings = adapter.layers[name]
-            scaling = SCALINGS[settings["scaling"]]
-            scale = scaling(settings["alpha"], settings["rank"])
-            A, B = (adapter.tensors[f"{name}.lora.{part}"] for part in "AB")
-            parts_A.append(widen(A))
-            parts_B.append(weight * scale * widen(B))
-    return torch.cat(parts_A, dim=1), torch.cat(parts_B, dim=0)
+def plain_factors(adapter):
+    """Return {layer: (A (in, r), B (r, out))} with which plain LoRA of scale 1 adds what `adapter` adds.
+
+    Raises ValueError for DoRA, whose update is not of low rank.
+    """
+    branches = {
+        name: branch_from(settings, {n: widen(t) for n, t in branch_tensors(adapter, name).items()})
+        for name, settings in adapter.layers.items()
+    }
+    link_projections(branches.values())
+    with torch.no_grad():
+        return {name: plain_pair(name, branch) for name, branch in branches.items()}
+
+
+def plain_pair(name, branch):
+    """Return the factors A and B of one `branch`, scale included."""
+    if isinstance(branch, DoRALayer):
+        raise ValueError(f"{name} has DoRA, which is not of low rank: merge it into the model instead")
+    A, B = branch.factors() if isinstance(branch, Relative) else (branch.A, branch.scale * branch.B)
+    return A.contiguous(), B.contiguous()

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from appendix_e import check_lora_options
 from lora.layers import check_finite
+from lora.wrappers import branch_from
 
 WEIGHTS_FILE = "lora.safetensors"
 ADAPTER_FORMAT = "lora-in-practice/2"
@@ -184,15 +184,18 @@ def check_settings(settings, expected, digest, tensors):
 
 
 def check_low_rank(layers, tensors):
-    """Raise one of `DAMAGE` unless all `layers` have possible settings, and A and B of their rank.
+    """Raise one of `DAMAGE` unless all `layers` have possible settings, and the tensors of these.
 
     `layers` and `tensors` are those of an `Adapter`.
     """
     if not layers:
         raise ValueError("it has no layers")
     for name, settings in layers.items():
-        check_lora_options(**settings, init="printed")
-        A, B = (tensors[f"{name}.lora.{part}"] for part in "AB")
-        if (*A.shape[1:], *B.shape[:-1]) != (settings["rank"], settings["rank"]):
-            shapes = f"A is {tuple(A.shape)}, B {tuple(B.shape)}"
-            raise ValueError(f"{name} has rank {settings['rank']}, but its {shapes}")
+        prefix = f"{name}.lora."
+        parts = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        try:
+            branch_from(settings, parts)
+        except KeyError as error:
+            raise KeyError(f"{prefix}{error.args[0]}") from None
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None

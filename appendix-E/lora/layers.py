@@ -12,6 +12,8 @@ from torch import nn
 
 from appendix_e import LinearWithLoRA, check_layers, count_parameters, freeze, warn_of_the_rest
 from lora.precision import is_wide, keep_in_float32
+from lora.variants import link_projections
+from lora.wrappers import is_conv1d, resolve_variant, with_lora
 
 QKV = "c_attn"  # GPT-2's query, key and value in one layer
 ROLES = {  # name endings here, in Llama, BERT and its kin, T5 and Hugging Face's GPT-2
@@ -70,12 +72,6 @@ def matches(name, target):
     return target == "all" or any(ends_with(name, pattern) for pattern in patterns)
 
 
-def is_conv1d(module):
-    """Return whether `module` is Hugging Face's Conv1D, a linear layer whose weight is (in, out = nf)."""
-    width, weight = getattr(module, "nf", None), module._parameters.get("weight")
-    return None not in (width, weight) and weight.shape[1:] == (width,)
-
-
 def find_layers(model, targets="all"):
     """Return {name: layer} of the linear layers that `targets` select, in the model's order.
 
@@ -122,22 +118,6 @@ def find_modules(model, targets):
 # Putting LoRA in
 
 
-class Conv1DWithLoRA(LinearWithLoRA):
-    """`LinearWithLoRA` for Hugging Face's Conv1D: its weight is (in, out), as is A B."""
-
-    def sizes(self):
-        return tuple(self.linear.weight.shape)
-
-    def update(self, dtype=None):
-        return super().update(dtype).T
-
-
-def with_lora(layer, rank, alpha, **options):
-    """Return `layer`, a Linear or Conv1D, wrapped with LoRA; `options` are LoRALayer's keywords."""
-    kind = Conv1DWithLoRA if is_conv1d(layer) else LinearWithLoRA
-    return kind(layer, rank, alpha, **options)
-
-
 def adapted_layers(model):
     """Return {name: LinearWithLoRA} of the layers that have LoRA, in the model's order.
 
@@ -162,7 +142,7 @@ def swap(model, new):
 
 def apply_lora(
     model, rank, alpha, targets="all", scaling="alpha", dropout=0.0,
-    init="printed", train_in_full=(),
+    init="printed", train_in_full=(), variant="lora", **options,
 ):
     """Put LoRA into the linear layers that `targets` select, in place, freeze the rest, return `model`.
 
@@ -174,6 +154,9 @@ def apply_lora(
     - `init`: of A, "printed" (uniform in ±1/√rank) or "paper" (±1/√in)
     - `train_in_full`: roles or patterns of modules to train themselves, usually "head"; they get no LoRA.
       PEFT calls them modules_to_save.
+    - `variant`: LoRA or a relative of it, a name of `lora.wrappers.VARIANTS`, or several that go together
+    - `options`: the variant's own: `ratio` (LoRA+), `target_rank` (AdaLoRA), `key` (VeRA), `factor` and
+      `start_step` (Delta-LoRA)
 
     What trains is in float32 at least, whatever `model` is in; the rest stays as it is. With the targets
     "all", a warning names weight matrices of other kinds of layers. Raises ValueError, with `model`
@@ -187,9 +170,10 @@ def apply_lora(
     layers = [layer for layer in layers if layer not in inside]
     if not layers:
         raise ValueError("nothing is left for LoRA: add targets not in train_in_full")
-    check_layers(layers, rank, dropout)
-    options = {"scaling": scaling, "dropout": dropout, "init": init}
-    new = {old: with_lora(old, rank, alpha, **options) for old in layers}
+    settings = resolve_variant(variant, scaling, init=init, **options)
+    check_layers(layers, 1 if settings["variant"] == "vera" else rank, dropout)
+    new = {old: with_lora(old, rank, alpha, dropout=dropout, **settings) for old in layers}
+    link_projections(layer.lora for layer in new.values())
     freeze(model)
     swap(model, new)
     for module in full.values():
@@ -342,7 +326,7 @@ def unmerge_lora(model):
     for layer, weight, _ in merged:
         base = layer.linear
         weight.data = weight.data.to(base.weight)  # if the model has moved since
-        wide = torch.promote_types(layer.lora.A.dtype, weight.dtype)
+        wide = torch.promote_types(next(layer.lora.parameters()).dtype, weight.dtype)
         layer.lora.to(weight.device, wide)
         base.weight = weight
         layer.train(base.training)

@@ -3,6 +3,9 @@
 PEFT stores A as base_model.model.<layer>.lora_A.weight (rank, in) and B as lora_B.weight (out, rank), both
 transposed compared with `LoRALayer`, and its settings in `adapter_config.json`. Its scale is lora_alpha / r,
 or lora_alpha / √r with use_rslora; so the printed scale, alpha, needs lora_alpha = alpha · rank.
+
+DoRA, VeRA and AdaLoRA are PEFT's own; LoRA-FA's file is plain LoRA's, and Delta-LoRA, PiSSA and OLoRA are
+written as what is equal to them on the unchanged base, plain LoRA of twice the rank.
 """
 
 import json
@@ -15,17 +18,32 @@ from safetensors.torch import save
 from appendix_e import SCALINGS
 from lora.adapters import (
     Adapter,
+    base_layers,
     copy_to_cpu,
     full_tensors,
     set_adapter,
     take_adapter,
 )
 from lora.files import check_low_rank, find_file, read_json, read_tensors, reading, write_whole, writing
-from lora.layers import Conv1DWithLoRA, adapted_layers, check_full, named_parts, plain_name
+from lora.layers import adapted_layers, check_full, named_parts, plain_name
+from lora.peft_tensors import (
+    KINDS,
+    PREFIX,
+    PROJECTIONS,
+    adalora_config,
+    all_ranks,
+    from_peft,
+    only_variant,
+    plain_adapter,
+    to_peft,
+    vera_config,
+    vera_settings,
+    with_starts,
+)
+from lora.wrappers import Conv1DWithLoRA
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_SETTINGS = "adapter_config.json"
-PREFIX = "base_model.model."
 PLAIN = {  # PEFT's settings that leave the meaning of the tensors as it is
     "peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode",
     "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout",
@@ -33,16 +51,23 @@ PLAIN = {  # PEFT's settings that leave the meaning of the tensors as it is
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "fan_in_fan_out", "eva_config", "corda_config", "lora_ga_config",
     "megatron_core", "qalora_group_size",  # read only beside another setting
+    "use_dora",
 }
+OWN_SETTINGS = {  # those of PEFT's other methods that do so
+    "VERA": {"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"},
+    "ADALORA": {
+        "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+    },
+}
+STARTS = ("pissa", "olora")  # change the base weights by what import_peft computes again
 PLAIN_VALUES = {  # PEFT's other initialisations change the base weights
     "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica", *STARTS),
 }
 PEFT_SCALINGS = {False: "alpha/rank", True: "alpha/sqrt(rank)"}  # by use_rslora
 PEFT_DEFAULTS = {
     "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None,
-    "inference_mode": True, "bias": "none", "init_lora_weights": True,
-    "use_dora": False,
+    "inference_mode": True, "bias": "none",
 }
 
 
@@ -56,15 +81,15 @@ def export_peft(model, folder):
     the head. Raises what `take_adapter` and `write_whole` raise, and ValueError, naming it, for what PEFT
     would read otherwise than it is meant.
     """
-    adapter = take_adapter(model)
+    adapter = plain_adapter(take_adapter(model))
     check_readable(model, adapter)
     full = saved_in_full(model, adapter)
     tensors = {PREFIX + name: tensor for name, tensor in full.items()}
     for name in adapter.layers:
-        for part in "AB":
-            tensor = adapter.tensors[f"{name}.lora.{part}"]
-            key = f"{PREFIX}{name}.lora_{part}.weight"
-            tensors[key] = tensor.T.contiguous()
+        tensors |= to_peft(adapter, name)
+    if only_variant(adapter) == "vera":
+        pair = next(iter(adapted_layers(model).values())).lora.shared
+        tensors |= dict(zip(PROJECTIONS, map(copy_to_cpu, (pair.A, pair.B))))
     weights = save(tensors, metadata={"format": "pt"})
     text = json.dumps(peft_settings(model, adapter), indent=2, sort_keys=True)
     write_pair(folder, weights, text)
@@ -84,25 +109,35 @@ def peft_settings(model, adapter):
     """Return the content of adapter_config.json; ranks and alphas that differ go to the patterns."""
     layers = adapter.layers
     rslora = all(s["scaling"] == "alpha/sqrt(rank)" for s in layers.values())
+    rslora = rslora and only_variant(adapter) != "adalora"  # which PEFT's has not
     alphas = {n: peft_alpha(s, rslora) for n, s in layers.items()}
     ranks = {n: s["rank"] for n, s in layers.items()}
     r, lora_alpha = most_common(ranks), most_common(alphas)
     adapted, kind = adapted_layers(model), type(named_parts(model)[""])
-    return PEFT_DEFAULTS | {
+    variant, first = only_variant(adapter), next(iter(layers.values()))
+    common = PEFT_DEFAULTS | {
+        "peft_type": KINDS[variant],
         "auto_mapping": {
             "base_model_class": kind.__name__,
             "parent_library": kind.__module__,
         },
+        "target_modules": short_names(model, adapted),
+        "modules_to_save": modules_in_full(adapter) or None,
+        "fan_in_fan_out": any(isinstance(x, Conv1DWithLoRA) for x in adapted.values()),
+    }
+    if variant == "vera":
+        return common | vera_config(first)
+    lora = {
         "r": r,
         "lora_alpha": lora_alpha,
         "rank_pattern": patterns(ranks, r),
         "alpha_pattern": patterns(alphas, lora_alpha),
         "use_rslora": rslora,
         "lora_dropout": max(s["dropout"] for s in layers.values()),
-        "target_modules": short_names(model, adapted),
-        "modules_to_save": modules_in_full(adapter) or None,
-        "fan_in_fan_out": any(isinstance(x, Conv1DWithLoRA) for x in adapted.values()),
+        "init_lora_weights": True,
+        "use_dora": variant == "dora",
     }
+    return common | lora | (adalora_config(adapter, first) if variant == "adalora" else {})
 
 
 def peft_alpha(settings, rslora):
@@ -225,66 +260,82 @@ def check_shared(model, adapter):
 
 
 def import_peft(model, folder):
-    """Put the LoRA adapter that PEFT or `export_peft` wrote into `folder` into `model`, and return `model`.
+    """Put the adapter that PEFT or `export_peft` wrote into `folder` into `model`, and return `model`.
 
-    PEFT records no fingerprint of the base model: make sure that `model` is the right one.
+    It may be LoRA, DoRA, VeRA, AdaLoRA, PiSSA or OLoRA. PEFT records no fingerprint of the base model: make
+    sure that `model` is the right one. PiSSA's and OLoRA's starts are computed from its weights.
     Raises FileNotFoundError for a missing file, OSError for one that cannot be read, and ValueError for a
-    damaged one, a method other than plain LoRA, or layers and shapes that do not fit; `model` is then
-    unchanged.
+    damaged one, another method, or layers and shapes that do not fit; `model` is then unchanged.
     """
     remedy = "PEFT's save_pretrained writes it"
     config = read_json(folder, PEFT_SETTINGS, remedy)
-    check_plain_lora(config)
+    check_method(config)
     remedy = (
         "older .bin files are pickles, which can run code; save the adapter again "
         "with a newer PEFT"
     )
     tensors = read_tensors(find_file(folder, PEFT_WEIGHTS, remedy))
+    linear = base_layers(model)
     with reading(Path(folder, PEFT_SETTINGS)):
-        adapter = adapter_from_peft(config, tensors)
+        adapter = adapter_from_peft(config, tensors, linear)
         check_low_rank(adapter.layers, adapter.tensors)
     check_shared(model, adapter)
+    if config.get("init_lora_weights") in STARTS:
+        adapter = with_starts(model, adapter, config["init_lora_weights"])
     return set_adapter(model, adapter)
 
 
-def check_plain_lora(config):
-    """Raise ValueError, naming it, for a method or setting of PEFT that is not plain LoRA."""
+def check_method(config):
+    """Raise ValueError, naming it, for a method or setting of PEFT that cannot be read."""
     kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"PEFT's {kind} adapter: only LORA can be read")
+    if kind not in KINDS.values():
+        raise ValueError(f"PEFT's {kind} adapter: only {', '.join(sorted({*KINDS.values()}))} can be read")
+    known = PLAIN | OWN_SETTINGS.get(kind, set())
     for key, value in config.items():
-        if value and key not in PLAIN and value not in PLAIN_VALUES.get(key, ()):
+        if value and key not in known and value not in PLAIN_VALUES.get(key, ()):
             raise ValueError(
-                f"only plain LoRA can be read, not PEFT's {key}={value!r}: "
-                "merge it with PEFT's merge_and_unload and use that model"
+                f"PEFT's {key}={value!r} cannot be read: merge it with PEFT's merge_and_unload "
+                "and use that model"
             )
+    start = config.get("init_lora_weights")
+    if start in STARTS and (config.get("use_dora") or (start == "olora" and config.get("fan_in_fan_out"))):
+        raise ValueError(f"PEFT's {start} cannot be read here, with DoRA or in Conv1D: merge it with PEFT")
 
 
-def adapter_from_peft(config, tensors):
-    """Return the `Adapter` that PEFT's settings and {name: tensor} describe.
+def adapter_from_peft(config, tensors, linear):
+    """Return the `Adapter` that PEFT's settings and {name: tensor} describe; `linear` is {name: layer}.
 
     Raises one of `lora.files.DAMAGE` for settings of other types.
     """
-    layers, ours = {}, {}
+    branches, ours = {}, {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX).replace("_orig_mod.", "")
-        low_rank = re.fullmatch(r"(.*)\.lora_([AB])\.weight", name)
-        if low_rank is None:  # a module trained in full
-            ours[name] = tensor
-        else:
-            layer, part = low_rank.groups()
-            layers[layer] = layer_settings(config, layer)
-            ours[f"{layer}.lora.{part}"] = tensor.T.contiguous()
-    return Adapter(layers, ours)
+        if key not in PROJECTIONS:
+            layer, part, tensor = from_peft(config, key, tensor)
+            (ours if layer is None else branches.setdefault(layer, {}))[part] = tensor
+    for layer, parts in branches.items():
+        if config["peft_type"] == "ADALORA":
+            parts = all_ranks(config, layer, parts)
+        ours |= {f"{layer}.lora.{part}": tensor for part, tensor in parts.items()}
+    if config["peft_type"] == "VERA":
+        layers = {name: vera_settings(config, tensors, linear.get(name)) for name in branches}
+        return Adapter(layers, ours)
+    return Adapter({name: layer_settings(config, name) for name in branches}, ours)
 
 
 def layer_settings(config, layer):
-    """Return {rank, alpha, scaling, dropout} of one layer, from PEFT's patterns or else its defaults."""
+    """Return the settings of one layer, from PEFT's patterns or else its defaults."""
+    if config["peft_type"] == "ADALORA":
+        rank = config["init_r"]
+        alpha = config["lora_alpha"] if config["lora_alpha"] > 0 else rank
+        plain = {"rank": rank, "alpha": alpha, "scaling": "alpha/rank"}
+        own = {"variant": "adalora", "target_rank": min(config["target_r"], rank)}
+        return {**plain, "dropout": config.get("lora_dropout", 0.0), **own}
     return {
         "rank": by_pattern(config.get("rank_pattern"), layer, config["r"]),
         "alpha": by_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"]),
         "scaling": PEFT_SCALINGS[config.get("use_rslora") or False],
         "dropout": config.get("lora_dropout", 0.0),
+        **({"variant": "dora"} if config.get("use_dora") else {}),
     }
 
 

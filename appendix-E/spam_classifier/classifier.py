@@ -20,6 +20,8 @@ from fast_path.training import accuracy, fit, predict, prepare, restore
 from gpt_download import download_and_load_gpt2
 from lora.adapters import read_adapter, save_adapter, set_adapter
 from lora.layers import apply_lora
+from lora.optimizer import make_optimizer
+from lora.wrappers import VARIANTS, resolve_variant
 from pretrain_tiny import initialise
 
 CLASSES = ("not spam", "spam")
@@ -40,10 +42,14 @@ class LoRASettings:
         ("head",), "modules trained in full instead, by role or pattern (PEFT: modules_to_save)", nargs="*"
     )
     dropout: float = setting(0.0, "fraction of the LoRA branch's inputs dropped in training")
+    variant: tuple = setting(
+        ("lora",), "LoRA or a relative of it, see topics/lora-variants.ipynb", nargs="+", choices=VARIANTS
+    )
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def __post_init__(self):
         check_lora_options(self.rank, self.alpha, self.scaling, self.dropout, "printed")
+        resolve_variant(self.variant, self.scaling)
 
     def with_training(self, **changes):
         """Return a copy with some of the `TrainingSettings` changed."""
@@ -54,7 +60,7 @@ class LoRASettings:
         torch.manual_seed(self.training.seed)
         return apply_lora(
             model, self.rank, self.alpha, self.targets, self.scaling, self.dropout,
-            train_in_full=self.train_in_full,
+            train_in_full=self.train_in_full, variant=self.variant,
         )
 
 
@@ -145,7 +151,7 @@ def finetune(model, encoded, settings, device):
     if len(set(np.asarray(encoded["train"][1]).tolist())) == 1:
         raise ValueError("the training messages are all of one class: both are needed")
     prepare(model, settings, device)
-    history = fit(model, encoded["train"], settings, device, encoded.get("validation"))
+    history = fit(model, encoded["train"], settings, device, encoded.get("validation"), make_optimizer)
     restore(model).eval()
     return history
 

@@ -23,6 +23,7 @@ from ch06 import SPLITS, unfreeze_last_block
 from fast_path.memory import peak_memory, peak_of_allocations
 from fast_path.training import fit, prepare
 from lora.adapters import copy_to_cpu
+from lora.optimizer import make_optimizer
 from spam_classifier.classifier import (
     PRINTED,
     LoRASettings,
@@ -116,11 +117,15 @@ def step_memory(model, encoded, settings, device):
     longest = order[: settings.batch_size]
     batch = [messages[i] for i in longest], labels[longest]
     once = replace(settings, epochs=1, progress=False)
+
+    def step():
+        fit(model, batch, once, device, make_optimizer=make_optimizer)
+
     if device.type == "cuda":
-        return peak_memory(lambda: fit(model, batch, once, device), device)
+        return peak_memory(step, device)
     tensors = [*model.parameters(), *model.buffers()]
     resident = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return resident + peak_of_allocations(lambda: fit(model, batch, once, device))
+    return resident + peak_of_allocations(step)
 
 
 def run_method(method, size, encoded, device):

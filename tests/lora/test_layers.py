@@ -22,8 +22,8 @@ from lora.layers import (
     print_parameters,
     remove_lora,
     unmerge_lora,
-    with_lora,
 )
+from lora.wrappers import with_lora
 from models import IDS, TARGETS, same_state, small_gpt, state, train_a_little
 
 PUBLIC = ("apply_lora", "merge_lora", "unmerge_lora", "save_adapter", "load_adapter", "export_peft",

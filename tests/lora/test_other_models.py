@@ -11,7 +11,6 @@ from torch import nn
 from appendix_e import LinearWithLoRA, count_parameters, freeze, replace_linear_with_lora
 from lora.layers import (
     ROLES,
-    Conv1DWithLoRA,
     adapted_layers,
     apply_lora,
     find_layers,
@@ -21,6 +20,7 @@ from lora.layers import (
     remove_lora,
     unmerge_lora,
 )
+from lora.wrappers import Conv1DWithLoRA
 from models import IDS, foreign, language_model, same_state, small_gpt, state, train_a_little
 
 # Hugging Face's models

@@ -1,0 +1,164 @@
+"""The tensors of one adapted layer under PEFT's names, written and read, and the settings that go with them.
+
+PEFT 0.21's orientation is (rank, in) for A and (out, rank) for B, the transposes of ours.
+"""
+
+import re
+
+import torch
+
+from appendix_e import SCALINGS
+from lora.adapters import (
+    Adapter,
+    base_layers,
+    branch_tensors,
+    copy_to_cpu,
+    full_tensors,
+    plain_factors,
+)
+from lora.variants import D_INITIAL, digest_of
+from lora.wrappers import with_lora
+
+PREFIX = "base_model.model."
+NAMES = {  # ours: PEFT's, by its peft_type
+    "LORA": {
+        "A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector",
+    },
+    "VERA": {"lambda_d": "vera_lambda_d", "lambda_b": "vera_lambda_b"},
+    "ADALORA": {"A": "lora_A", "B": "lora_B", "E": "lora_E"},
+}
+PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
+KINDS = {"lora": "LORA", "dora": "LORA", "vera": "VERA", "adalora": "ADALORA"}
+SAME_FILE = ("lora-fa",)  # trained otherwise than plain LoRA, but added in the same way
+PADDING = 1e-5  # PEFT's AdaLoRA divides by rank + this
+
+
+# Which method
+
+
+def plain_adapter(adapter):
+    """Return `adapter` with layers of LoRA, DoRA, VeRA or AdaLoRA only: others become LoRA of rank 2r."""
+    starts = {
+        name: settings for name, settings in adapter.layers.items()
+        if settings.get("variant", "lora") not in (*KINDS, *SAME_FILE)
+    }
+    layers, tensors = {}, dict(full_tensors(adapter))
+    factors = plain_factors(Adapter(starts, adapter.tensors))
+    for name, settings in adapter.layers.items():
+        if name in starts:
+            A, B = factors[name]
+            plain = {"rank": A.shape[1], "alpha": 1.0, "scaling": "alpha"}
+            layers[name] = {**plain, "dropout": settings["dropout"]}
+            parts = {"A": A, "B": B}
+        else:
+            layers[name] = {key: value for key, value in settings.items() if key != "ratio"}
+            if settings.get("variant") in SAME_FILE:
+                del layers[name]["variant"]
+            parts = branch_tensors(adapter, name)
+        tensors |= {f"{name}.lora.{part}": tensor for part, tensor in parts.items()}
+    return Adapter(layers, tensors, adapter.base, adapter.notes)
+
+
+def only_variant(adapter):
+    """Return the variant of all layers of `adapter`; raise ValueError if they have several."""
+    variants = {settings.get("variant", "lora") for settings in adapter.layers.values()}
+    if len(variants) > 1:
+        raise ValueError(f"PEFT has one method per adapter, this one {' and '.join(sorted(variants))}")
+    return variants.pop()
+
+
+# Writing
+
+
+def to_peft(adapter, name):
+    """Return {PEFT's name: tensor} of the layer `name`."""
+    settings, parts = adapter.layers[name], branch_tensors(adapter, name)
+    variant = settings.get("variant", "lora")
+    if variant == "vera":  # PEFT's has no scale
+        scale = SCALINGS[settings["scaling"]](settings["alpha"], settings["rank"])
+        parts["lambda_b"] = parts["lambda_b"] * scale
+    if variant == "adalora":
+        kept = parts["E"] != 0
+        factor = (settings["rank"] + PADDING) / settings["rank"]
+        parts = {"A": parts["A"][:, kept], "B": parts["B"][kept], "E": factor * parts["E"][kept, None]}
+    turned = {n: t.T if n in "AB" else t for n, t in parts.items()}
+    names = NAMES[KINDS[variant]]
+    return {f"{PREFIX}{name}.{names[n]}": tensor.contiguous() for n, tensor in turned.items()}
+
+
+def kept_ranks(adapter):
+    """Return AdaLoRA's rank_pattern: {layer.lora_E: [whether each rank is kept]}."""
+    return {
+        f"{name}.lora_E": (adapter.tensors[f"{name}.lora.E"] != 0).tolist() for name in adapter.layers
+    }
+
+
+def vera_config(first):
+    """Return VeraConfig's own fields; `first` are the settings of a layer, and all are alike in them."""
+    return {
+        "r": first["rank"], "projection_prng_key": first["key"], "save_projection": True,
+        "vera_dropout": first["dropout"], "d_initial": D_INITIAL,
+    }
+
+
+def adalora_config(adapter, first):
+    """Return AdaLoraConfig's own fields."""
+    return {
+        "init_r": first["rank"], "target_r": first["target_rank"], "r": 8,
+        "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1,  # this training is over
+        "rank_pattern": kept_ranks(adapter),
+    }
+
+
+# Reading
+
+
+def from_peft(config, key, tensor):
+    """Return (layer, our name, tensor) of a tensor `key` of PEFT's; the layer is None if no branch has it."""
+    name = key.removeprefix(PREFIX).replace("_orig_mod.", "")
+    for ours, theirs in NAMES[config["peft_type"]].items():
+        if name.endswith(f".{theirs}"):
+            turned = tensor.T.contiguous() if ours in "AB" else tensor
+            return name.removesuffix(f".{theirs}"), ours, turned
+    if re.search(r"\.(lora|vera)_\w+(\.weight)?$", name):
+        raise ValueError(f"{key} is no tensor of {config['peft_type']}")
+    return None, name, tensor
+
+
+def all_ranks(config, layer, parts):
+    """Return AdaLoRA's A, B and E of `layer` with zeros for the ranks that the file lacks."""
+    rank = config["init_r"]
+    pattern = {k.removeprefix(PREFIX): v for k, v in (config.get("rank_pattern") or {}).items()}
+    kept = torch.tensor(pattern.get(f"{layer}.lora_E") or [True] * rank)
+    A, B, E = (torch.zeros(shape) for shape in (
+        (parts["A"].shape[0], rank), (rank, parts["B"].shape[1]), (rank,),
+    ))
+    A[:, kept], B[kept] = parts["A"].float(), parts["B"].float()
+    E[kept] = parts["E"].float().flatten() * (rank / (rank + PADDING))
+    return {"A": A, "B": B, "E": E}
+
+
+def vera_settings(config, tensors, layer):
+    """Return the settings of `layer`, a linear layer of the model, or None if that lacks it.
+
+    VeRA's random numbers are drawn again. If {name: tensor} contains them, they must be the same.
+    """
+    settings = {"rank": config["r"], "alpha": 1.0, "scaling": "alpha", "dropout": config["vera_dropout"]}
+    settings |= {"variant": "vera", "key": config["projection_prng_key"]}
+    settings["in_features"] = with_lora(layer, 1, 1, device="meta").in_features if layer else 1
+    if {*PROJECTIONS} <= {*tensors}:
+        A, B = (tensors[name] for name in PROJECTIONS)
+        settings |= {"largest": [A.shape[1], B.shape[0]], "digest": digest_of(A, B)}
+    return settings
+
+
+def with_starts(model, adapter, start):
+    """Return `adapter` with PiSSA's or OLoRA's A₀ and B₀ of the weights that `model` has without LoRA."""
+    linear, layers, tensors = base_layers(model), {}, dict(adapter.tensors)
+    for name, settings in adapter.layers.items():
+        layers[name] = {**settings, "variant": start}
+        if name in linear:  # set_adapter refuses others
+            lora = with_lora(linear[name], **layers[name]).lora
+            for part in ("A_start", "B_start"):
+                tensors[f"{name}.lora.{part}"] = copy_to_cpu(getattr(lora, part))
+    return Adapter(layers, tensors)

@@ -1,0 +1,166 @@
+"""A layer with LoRA, or one of its relatives, around it: which class fits which layer and which variant."""
+
+import math
+
+import torch
+
+from appendix_e import LinearWithLoRA, LoRALayer, is_number
+from lora.variants import (
+    AdaLoRALayer,
+    DeltaLoRALayer,
+    DoRALayer,
+    LoRAFALayer,
+    OLoRALayer,
+    PiSSALayer,
+    VeRALayer,
+    WithDoRA,
+)
+
+BRANCHES = {
+    "lora": LoRALayer,
+    "lora-fa": LoRAFALayer,
+    "dora": DoRALayer,
+    "vera": VeRALayer,
+    "adalora": AdaLoRALayer,
+    "delta-lora": DeltaLoRALayer,
+    "pissa": PiSSALayer,
+    "olora": OLoRALayer,
+}
+RATIO = 16.0  # LoRA+: B's learning rate by A's
+CHANGES = {  # what goes together with a branch: the setting that it changes, from which value to which
+    "rslora": ("scaling", "alpha", "alpha/sqrt(rank)"),
+    "lora+": ("ratio", 1.0, RATIO),
+}
+VARIANTS = (*BRANCHES, *CHANGES)
+SENSELESS = {  # and why
+    ("lora-fa", "lora+"): "LoRA-FA trains B alone, so there is no second learning rate",
+    ("vera", "lora+"): "VeRA trains neither A nor B, which LoRA+ gives two learning rates",
+    ("adalora", "lora+"): "LoRA+'s reason is that B starts at zero, and AdaLoRA's does not",
+    ("vera", "rslora"): "VeRA's sum over the ranks is scaled by what it trains, not by alpha",
+}
+OWN_START = ("vera", "adalora", "pissa", "olora")
+LAYER_SETTINGS = ("rank", "alpha", "scaling", "dropout")
+
+
+# Which variant
+
+
+def resolve_variant(variant="lora", scaling="alpha", ratio=1.0, init="printed", **options):
+    """Return {variant, scaling, ratio, init, …}: the branch's name, and the settings that `variant` changes.
+
+    `variant`: one name of VARIANTS or several. Raises ValueError, with the reason, for a name that is none,
+    for names that make no sense together, and for an option that the branch does not have.
+    """
+    names = (variant,) if isinstance(variant, str) else tuple(variant)
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise ValueError(f"variant must be one or several of {', '.join(VARIANTS)}, not {unknown[0]!r}")
+    branches = [name for name in dict.fromkeys(names) if name in BRANCHES] or ["lora"]
+    if len(branches) > 1:
+        raise ValueError(f"{branches[0]} and {branches[1]} are two branches for one layer: choose one")
+    branch, settings = branches[0], {"scaling": scaling, "ratio": ratio}
+    for name in names:
+        if name in CHANGES:
+            key, usual, value = CHANGES[name]
+            if settings[key] not in (usual, value) and key != "ratio":
+                raise ValueError(f"{name} means {key}={value!r}, not {settings[key]!r}: leave one out")
+            settings[key] = value if settings[key] == usual else settings[key]
+    check_variant(branch, init=init, options=options, **settings)
+    return {"variant": branch, **settings, "init": init, **options}
+
+
+def check_variant(branch, scaling, ratio, init, options):
+    """Raise ValueError for settings that `branch` cannot have, with the reason."""
+    if not is_number(ratio) or not 0 < ratio < math.inf:
+        raise ValueError(f"ratio, B's learning rate by A's, must be a positive number, not {ratio!r}")
+    for name, used in (("lora+", ratio != 1), ("rslora", scaling == "alpha/sqrt(rank)")):
+        if used and (branch, name) in SENSELESS:
+            raise ValueError(f"{branch} with {name}: {SENSELESS[branch, name]}")
+    if branch in OWN_START and init != "printed":
+        raise ValueError(f"{branch} has a start of its own: leave init={init!r} out")
+    known = getattr(BRANCHES[branch], "own_options", ())
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"{branch} has no option {unknown[0]}: it has {', '.join(known) or 'none'}")
+
+
+# Which wrapper
+
+
+def is_conv1d(module):
+    """Return whether `module` is Hugging Face's Conv1D, a linear layer whose weight is (in, out = nf)."""
+    width, weight = getattr(module, "nf", None), module._parameters.get("weight")
+    return None not in (width, weight) and weight.shape[1:] == (width,)
+
+
+class Conv1DWithLoRA(LinearWithLoRA):
+    """`LinearWithLoRA` for Hugging Face's Conv1D: its weight is (in, out), as is A B."""
+
+    def sizes(self):
+        return tuple(self.linear.weight.shape)
+
+    def turn(self, matrix):
+        return matrix
+
+
+class LinearWithDoRA(WithDoRA, LinearWithLoRA):
+    """`LinearWithLoRA` with DoRA's lengths."""
+
+
+class Conv1DWithDoRA(WithDoRA, Conv1DWithLoRA):
+    """`Conv1DWithLoRA` with DoRA's lengths."""
+
+
+def with_lora(layer, rank, alpha, *, variant="lora", ratio=1.0, **options):
+    """Return `layer`, a Linear or Conv1D, wrapped with the branch `variant`, a key of BRANCHES.
+
+    `ratio` is LoRA+'s, `options` are the branch's keywords. VeRA's layers need `link_projections` besides.
+    """
+    kinds = (LinearWithDoRA, Conv1DWithDoRA) if variant == "dora" else (LinearWithLoRA, Conv1DWithLoRA)
+    wrapped = kinds[is_conv1d(layer)](layer, rank, alpha, branch=BRANCHES[variant], **options)
+    wrapped.variant, wrapped.ratio = variant, ratio
+    if hasattr(wrapped.lora, "begin") and not next(wrapped.lora.parameters()).is_meta:
+        with torch.no_grad():
+            wrapped.lora.begin(wrapped.turn(layer.weight))
+    return wrapped
+
+
+def settings_of(layer):
+    """Return the keywords with which `with_lora` makes this `layer` again."""
+    settings = {key: getattr(layer.lora, key) for key in LAYER_SETTINGS}
+    if getattr(layer, "variant", "lora") != "lora":
+        settings["variant"] = layer.variant
+    if getattr(layer, "ratio", 1.0) != 1:
+        settings["ratio"] = layer.ratio
+    own = getattr(layer.lora, "own_options", ())
+    return settings | {key: getattr(layer.lora, key) for key in own}
+
+
+def branch_from(settings, tensors):
+    """Return the branch with `settings`, of `settings_of`, and {name: tensor}, without a base layer.
+
+    Raises KeyError for a tensor that is missing, ValueError for tensors of other shapes and for impossible
+    settings, TypeError for settings that are none.
+    """
+    variant = settings.get("variant", "lora")
+    plain = {key: settings[key] for key in LAYER_SETTINGS}
+    own = {key: value for key, value in settings.items() if key not in (*plain, "variant", "ratio")}
+    resolve_variant(variant, plain["scaling"], settings.get("ratio", 1.0), **own)
+    if variant == "vera":
+        sizes = settings["in_features"], tensors["lambda_b"].shape[0]
+    else:
+        sizes = tensors["A"].shape[0], tensors["B"].shape[1]
+    with torch.device("meta"):  # no memory, no random numbers
+        branch = BRANCHES[variant](*sizes, **plain, **own, device="meta")
+    shapes = {name: tuple(parameter.shape) for name, parameter in branch.named_parameters()}
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, by its settings {shape}")
+    if more := tensors.keys() - shapes.keys():
+        raise ValueError(f"{variant} has no {sorted(more)[0]}")
+    put_tensors(branch, tensors)
+    return branch
+
+
+def put_tensors(branch, tensors):
+    """Make {name: tensor} the parameters of `branch`, trained as its class trains them."""
+    for name, like in [*branch.named_parameters()]:
+        setattr(branch, name, torch.nn.Parameter(tensors[name], like.requires_grad))
