@@ -9,7 +9,7 @@ from lora.adalora import RankAllocation
 from lora.variants import AdaLoRALayer, DeltaLoRALayer, Relative
 
 
-def make_optimizer(model, learning_rate, *, ratio=None, total_steps=None, allocation=None, **options):
+def lora_adamw(model, learning_rate, *, ratio=None, total_steps=None, allocation=None, **options):
     """Return torch.optim.AdamW for all parameters of `model` that require a gradient.
 
     - `learning_rate`: of everything but B

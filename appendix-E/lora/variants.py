@@ -180,7 +180,7 @@ def link_projections(branches):
 class AdaLoRALayer(Relative):
     """AdaLoRA: singular values E (r,) between A and B; the least important are set to zero in training.
 
-    `lora.adalora.RankAllocation` does that, attached to the optimizer by `lora.optimizer.make_optimizer`; a
+    `lora.adalora.RankAllocation` does that, attached to the optimizer by `lora.optimizer.lora_adamw`; a
     forward pass of the training without it raises ValueError. `target_rank` is the mean rank at the end.
     Source: Zhang et al. 2023, https://arxiv.org/abs/2303.10512.
     """
@@ -206,11 +206,11 @@ class AdaLoRALayer(Relative):
 
 
 def require_optimizer(branch, what):
-    """Raise ValueError in a training step of a `branch` that no optimizer of `make_optimizer` steps."""
+    """Raise ValueError in a training step of a `branch` that no optimizer of `lora_adamw` steps."""
     if branch.training and torch.is_grad_enabled() and not branch.attached:
         raise ValueError(
             f"{what} after every step: make the optimizer with "
-            "lora.optimizer.make_optimizer(model, learning_rate, total_steps=…) before training"
+            "lora.optimizer.lora_adamw(model, learning_rate, total_steps=…) before training"
         )
 
 
@@ -234,7 +234,7 @@ class ResidualLayer(Relative):
         return self.A, self.B
 
     def start_from(self, A, B):
-        """Start from the first r columns of A (in, n) and rows of B (n, out); with n < r the rest adds zero."""
+        """Start from the first r columns of A (in, n) and rows of B (n, out); the rest adds nothing."""
         count = min(self.rank, A.shape[1])
         self.A.data[:, :count], self.B.data[:count] = A[:, :count], B[:count]
         self.keep_start()

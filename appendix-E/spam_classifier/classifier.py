@@ -20,7 +20,7 @@ from fast_path.training import accuracy, fit, predict, prepare, restore
 from gpt_download import download_and_load_gpt2
 from lora.adapters import read_adapter, save_adapter, set_adapter
 from lora.layers import apply_lora
-from lora.optimizer import make_optimizer
+from lora.optimizer import lora_adamw
 from lora.wrappers import VARIANTS, resolve_variant
 from pretrain_tiny import initialise
 
@@ -151,7 +151,7 @@ def finetune(model, encoded, settings, device):
     if len(set(np.asarray(encoded["train"][1]).tolist())) == 1:
         raise ValueError("the training messages are all of one class: both are needed")
     prepare(model, settings, device)
-    history = fit(model, encoded["train"], settings, device, encoded.get("validation"), make_optimizer)
+    history = fit(model, encoded["train"], settings, device, encoded.get("validation"), lora_adamw)
     restore(model).eval()
     return history
 

@@ -23,7 +23,7 @@ from ch06 import SPLITS, unfreeze_last_block
 from fast_path.memory import peak_memory, peak_of_allocations
 from fast_path.training import fit, prepare
 from lora.adapters import copy_to_cpu
-from lora.optimizer import make_optimizer
+from lora.optimizer import lora_adamw
 from spam_classifier.classifier import (
     PRINTED,
     LoRASettings,
@@ -119,7 +119,7 @@ def step_memory(model, encoded, settings, device):
     once = replace(settings, epochs=1, progress=False)
 
     def step():
-        fit(model, batch, once, device, make_optimizer=make_optimizer)
+        fit(model, batch, once, device, make_optimizer=lora_adamw)
 
     if device.type == "cuda":
         return peak_memory(step, device)

@@ -14,7 +14,7 @@ from appendix_e import LoRALayer, count_parameters
 from ch04 import GPT_CONFIG_124M, GPTModel
 from lora.adapters import combine_adapters, load_adapter, save_adapter, set_adapter, take_adapter
 from lora.layers import adapted_layers, apply_lora, merge_lora, remove_lora, unmerge_lora
-from lora.optimizer import make_optimizer
+from lora.optimizer import lora_adamw
 from lora.wrappers import BRANCHES, VARIANTS
 from models import IDS, foreign, same_state, small_gpt, state, train_a_little
 
@@ -35,7 +35,7 @@ def trained(variant, seed=1, model=None, **options):
 
 def steps(model, count, **options):
     """Train `model` for `count` real steps and return its losses."""
-    optimizer = make_optimizer(model, 0.02, total_steps=count, **options)
+    optimizer = lora_adamw(model, 0.02, total_steps=count, **options)
     labels, losses = torch.tensor([0, 1, 1]), []
     for _ in range(count):
         loss = nn.functional.cross_entropy(model(IDS)[:, -1], labels)
@@ -218,7 +218,7 @@ def test_what_makes_no_sense_is_refused_with_the_reason_and_the_model_as_it_was(
 @pytest.mark.parametrize("variant", ["lora-fa", "vera", "adalora"])
 def test_the_optimizer_refuses_two_rates_where_there_is_one(variant):
     with pytest.raises(ValueError, match="LoRA\\+"):
-        make_optimizer(adapt(small_gpt(), variant), 0.01, ratio=16, total_steps=10)
+        lora_adamw(adapt(small_gpt(), variant), 0.01, ratio=16, total_steps=10)
 
 
 @pytest.mark.parametrize(("variant", "options"), [("adalora", {}), ("delta-lora", {"start_step": 3})])
@@ -227,21 +227,21 @@ def test_a_training_without_the_optimizer_that_follows_the_steps_is_refused(vari
     with pytest.raises(ValueError, match="make the optimizer with"):
         model(IDS)
     assert model.eval()(IDS).isfinite().all()
-    make_optimizer(model, 0.01, total_steps=9)
+    lora_adamw(model, 0.01, total_steps=9)
     assert model.train()(IDS).requires_grad
 
 
 def test_adalora_needs_to_know_the_training_and_room_in_it():
     model = adapt(small_gpt(), "adalora")
     with pytest.raises(ValueError, match="give total_steps"):
-        make_optimizer(model, 0.01)
+        lora_adamw(model, 0.01)
     with pytest.raises(ValueError, match="cannot lower its ranks in 9 steps with 5 before and 4 after"):
-        make_optimizer(model, 0.01, total_steps=9, allocation={"warmup": 5, "final": 4})
+        lora_adamw(model, 0.01, total_steps=9, allocation={"warmup": 5, "final": 4})
 
 
 def test_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="call apply_lora first"):
-        make_optimizer(small_gpt().requires_grad_(False), 0.01)
+        lora_adamw(small_gpt().requires_grad_(False), 0.01)
 
 
 # LoRA-FA
@@ -303,7 +303,7 @@ def test_lora_pluss_first_step_moves_b_ratio_times_as_far_and_a_not_at_all():
 def test_lora_pluss_rates_are_pefts():
     ours = adapt(small_gpt(), "lora+", ratio=8.0)
     theirs = peft.get_peft_model(small_gpt(), peft.LoraConfig(r=3, target_modules="all-linear"))
-    optimizers = make_optimizer(ours, 0.01), peft.optimizers.create_loraplus_optimizer(
+    optimizers = lora_adamw(ours, 0.01), peft.optimizers.create_loraplus_optimizer(
         theirs, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=8.0)
     rates = [
         sorted((group["lr"], tuple(p.shape if i else p.shape[::-1])) for group in o.param_groups
