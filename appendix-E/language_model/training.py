@@ -209,10 +209,10 @@ def fit_text(model, windows, settings, device, make_optimizer=make_adamw, valida
     """Train what requires a gradient to predict the next tokens of `windows`, (N, T + 1).
 
     `make_optimizer(model, settings, steps)` returns the optimizer; the learning rates of its groups follow
-    `settings.rate`. The loss of `validation`, windows like the others, is measured before the first
-    step, every `settings.eval_every` steps and at the end. `model` is on `device`; its mode is restored.
-    Returns a `TextHistory`. Raises ValueError for windows that `check_windows` refuses, if nothing requires a gradient, or it is
-    not in float32, and if the training diverges.
+    `settings.rate`. The loss of `validation`, windows like the others, is measured before the first step,
+    every `settings.eval_every` steps and at the end. `model` is on `device`; its mode is restored. Returns a
+    `TextHistory`. Raises ValueError for windows that `check_windows` refuses, if nothing requires a gradient
+    or it is not in float32, and if the training diverges.
     """
     for some in (windows, *([] if validation is None else [validation])):
         check_windows(model, some)
