@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ch04 import use_fused_attention
 from ch05 import check_divergence, load_gpt2_model
 from fast_path.memory import keep_freed_memory
-from fast_path.settings import OptimizerSettings, setting
+from fast_path.settings import PRECISIONS, OptimizerSettings, setting
 from fast_path.training import autocast, check_losses, choose_precision
 
 ROWS = 256  # tokens whose logits are computed at once
@@ -35,6 +35,7 @@ class TextSettings(OptimizerSettings):
     learning_rate: float = setting(1e-3, "AdamW's learning rate")
     weight_decay: float = setting(0.01, "AdamW's weight decay")
     seed: int = setting(123, "random seed of dropout and of the order of windows")
+    precision: str = setting("float32", "of products", choices=("auto", *PRECISIONS))
     warmup: int = setting(0, "steps in which the learning rate rises linearly from zero")
     clip_norm: float = setting(1.0, "largest norm of the gradient; a longer one is scaled down to it")
     eval_every: int = setting(50, "steps between two measurements of the validation loss")
