@@ -19,7 +19,8 @@ from book_assets.command_line import command
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUR_MODULES = (
     "ch04", "ch05", "gpt_download", "ch06", "appendix_e", "finetune_spam", "lora_in_practice",
-    "topics.inside_lora", "topics.what_lora_buys", "fetch_assets", "book_figures",
+    "film_reviews.reviews", "language_model.training", "topics.inside_lora", "topics.what_lora_buys",
+    "fetch_assets", "book_figures",
 )  # and, through these, book_assets, fast_path, lora and spam_classifier
 
 

@@ -14,31 +14,22 @@ def setting(default, help, **flag):
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
-    """How `training.fit` and `training.predict` run. Raises ValueError for a value out of its range."""
+class OptimizerSettings:
+    """What every training needs. Raises ValueError for a value out of its range."""
 
-    epochs: int = setting(5, "passes over the training messages")
-    batch_size: int = setting(8, "messages per batch")
+    COUNTS = ("batch_size",)  # fields that are integers from 1 on
+
+    batch_size: int = setting(8, "examples per batch")
     learning_rate: float = setting(1e-4, "AdamW's learning rate")
     weight_decay: float = setting(0.1, "AdamW's weight decay")
-    seed: int = setting(123, "random seed of the head, LoRA's A and the order of messages")
+    seed: int = setting(123, "random seed")
     decay: bool = True  # let the learning rate fall linearly to zero
-    bucket: int = 4  # batches within which messages are sorted by length, see length_batches
     precision: str = setting("auto", "of products and frozen weights", choices=("auto", *PRECISIONS))
-    fused_attention: bool = True
-    gradient_accumulation_steps: int = setting(1, "batches per optimizer step")
-    gradient_checkpointing: bool = setting(False, "use less memory and a third more time")
-    compile: bool = setting(False, "use torch.compile: a minute of warm-up; a CPU needs a C++ compiler")
-    eval_batch_size: int = 64
-    max_tokens: int | None = None  # computed at once; None on a CPU: 512 in training, else 1024
     progress: bool = True  # show a progress bar
 
     def __post_init__(self):
-        counts = ("epochs", "batch_size", "bucket", "gradient_accumulation_steps", "eval_batch_size")
-        for name in (*counts, *(["max_tokens"] if self.max_tokens is not None else [])):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be at least 1, an integer, not {value}")
+        for name in self.COUNTS:
+            check_count(name, getattr(self, name))
         if self.precision not in ("auto", *PRECISIONS):
             raise ValueError(f"precision must be auto, {', '.join(PRECISIONS)}, not {self.precision!r}")
         if not 0 < self.learning_rate <= 1:
@@ -47,6 +38,35 @@ class TrainingSettings:
             raise ValueError(f"weight_decay must be in [0, 1 / learning_rate], not {self.weight_decay}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be an integer in [0, 2**63), not {self.seed}")
+
+
+@dataclass(frozen=True)
+class TrainingSettings(OptimizerSettings):
+    """How `training.fit` and `training.predict` run. Raises ValueError for a value out of its range."""
+
+    COUNTS = ("epochs", "batch_size", "bucket", "gradient_accumulation_steps", "eval_batch_size")
+
+    epochs: int = setting(5, "passes over the training messages")
+    batch_size: int = setting(8, "messages per batch")
+    seed: int = setting(123, "random seed of the head, LoRA's A and the order of messages")
+    bucket: int = 4  # batches within which messages are sorted by length, see length_batches
+    fused_attention: bool = True
+    gradient_accumulation_steps: int = setting(1, "batches per optimizer step")
+    gradient_checkpointing: bool = setting(False, "use less memory and a third more time")
+    compile: bool = setting(False, "use torch.compile: a minute of warm-up; a CPU needs a C++ compiler")
+    eval_batch_size: int = 64
+    max_tokens: int | None = None  # computed at once; None on a CPU: 512 in training, else 1024
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_tokens is not None:
+            check_count("max_tokens", self.max_tokens)
+
+
+def check_count(name, value):
+    """Raise ValueError, naming the setting, unless `value` is an integer from 1 on."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be at least 1, an integer, not {value}")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -124,7 +124,15 @@ VERDICT = Asset(
     sha256="b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
     licence="public domain, Edith Wharton, 1908",
 )
+IMDB = Asset(  # its MD5, by which others pin it, is 7c2ac02c03563afcf9b574c7e56c153a
+    name="imdb",
+    filename="aclImdb_v1.tar.gz",
+    sources=("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",),
+    size=84125825,
+    sha256="c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
+    licence="for research, cite Maas et al. 2011 (ACL)",
+)
 ASSETS = {
     asset.name: asset
-    for asset in (*(a for size in CHECKPOINTS for a in gpt2_assets(size)), *bpe_assets(), SPAM, VERDICT)
+    for asset in (*(a for size in CHECKPOINTS for a in gpt2_assets(size)), *bpe_assets(), SPAM, VERDICT, IMDB)
 }

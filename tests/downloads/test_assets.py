@@ -28,7 +28,7 @@ def test_every_source_is_https():
 def test_every_gpt2_has_its_seven_files_and_the_safetensors_file():
     for size in ("124M", "355M", "774M", "1558M"):
         assert sum(name.startswith(f"gpt2/{size}/") for name in ASSETS) == 8
-    assert len(ASSETS) == 4 * 8 + 2 + 2
+    assert len(ASSETS) == 4 * 8 + 2 + 3
 
 
 def test_pins_are_hashes_with_sizes_and_the_small_model_and_the_data_are_pinned():

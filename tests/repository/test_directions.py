@@ -17,12 +17,14 @@ SHARED = {"book_assets", "book_figures"}
 BELOW_SPAM_CLASSIFIER = {"lora", "fast_path", "appendix_e"} | CHAPTERS | SHARED
 BELOW_APPLICATIONS = {"spam_classifier"} | BELOW_SPAM_CLASSIFIER
 LAYERS = {  # from the top: each folder, or file of appendix-E or setup, and what it may import besides itself
-    "topics": BELOW_APPLICATIONS,
+    "topics": {"film_reviews", "language_model"} | BELOW_APPLICATIONS,
     "benchmark": BELOW_APPLICATIONS | {"finetune_spam"},  # measures it; nobody imports benchmark
     "lora_in_practice": BELOW_APPLICATIONS,
     "finetune_spam": BELOW_APPLICATIONS,
     "listings": CHAPTERS,
     "spam_classifier": BELOW_SPAM_CLASSIFIER,
+    "language_model": {"fast_path", "appendix_e"} | CHAPTERS | SHARED,
+    "film_reviews": CHAPTERS | SHARED,
     "lora": {"appendix_e"},  # a project copies these two
     "fast_path": {"appendix_e", "ch04"},
     "appendix_e": set(),  # only PyTorch: see the test

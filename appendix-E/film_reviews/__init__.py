@@ -1,0 +1,1 @@
+"""Film reviews: the Large Movie Review Dataset with its labels, and texts for next-token training."""

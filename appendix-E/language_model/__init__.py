@@ -1,0 +1,1 @@
+"""A GPT fine-tuned to predict the next token, with or without LoRA, and its loss on other texts."""
