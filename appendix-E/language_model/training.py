@@ -19,7 +19,7 @@ from ch04 import use_fused_attention
 from ch05 import check_divergence, load_gpt2_model
 from fast_path.memory import keep_freed_memory
 from fast_path.settings import PRECISIONS, OptimizerSettings, setting
-from fast_path.training import autocast, check_losses, choose_precision
+from fast_path.training import adamw, autocast, check_losses, choose_precision
 
 ROWS = 256  # tokens whose logits are computed at once
 
@@ -197,19 +197,10 @@ def restoring_mode(model):
 # Training
 
 
-def make_adamw(model, settings, steps):
-    """Return AdamW on every parameter of `model` that requires a gradient; `steps` does not matter to it."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = trained[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(
-        trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused
-    )
-
-
-def fit_text(model, windows, settings, device, make_optimizer=make_adamw, validation=None):
+def fit_text(model, windows, settings, device, validation=None, make_optimizer=adamw):
     """Train what requires a gradient to predict the next tokens of `windows`, (N, T + 1).
 
-    `make_optimizer(model, settings, steps)` returns the optimizer; the learning rates of its groups follow
+    `make_optimizer`, called as `adamw` is, returns the optimizer; the learning rates of its groups follow
     `settings.rate`. The loss of `validation`, windows like the others, is measured before the first step,
     every `settings.eval_every` steps and at the end. `model` is on `device`; its mode is restored. Returns a
     `TextHistory`. Raises ValueError for windows that `check_windows` refuses, if nothing requires a gradient
@@ -249,7 +240,10 @@ class TextRun:
                 "what trains must be some parameters in float32: choose them with requires_grad or apply_lora"
             )
         self.precision = choose_precision(device, settings.precision)
-        self.optimizer = make_optimizer(model, settings, settings.steps)
+        self.optimizer = make_optimizer(
+            model, settings.learning_rate, total_steps=settings.steps, weight_decay=settings.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
+        )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, settings.rate)
         fp16 = self.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=fp16)

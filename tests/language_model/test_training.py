@@ -60,14 +60,14 @@ def plain_loss(model, windows):
     return ch05.calc_loss_batch(ids[:, :-1], ids[:, 1:], model, CPU)
 
 
-def poison(model, settings, steps):
+def poison(model, learning_rate, **_):
     """Return an optimizer whose step makes a weight infinite."""
 
     class Poison(torch.optim.SGD):
         def step(self, closure=None):
             self.param_groups[0]["params"][0].data.fill_(torch.inf)
 
-    return Poison(model.parameters(), lr=1.0)
+    return Poison(model.parameters(), lr=learning_rate)
 
 
 def gradients(model):
@@ -222,7 +222,7 @@ def test_the_mode_is_restored(windows, tiny_config, mode):
     fit_text(model, windows, QUICK, CPU, validation=windows)
     assert model.training is mode
     with pytest.raises(ValueError, match="lower the learning rate"):
-        fit_text(model, windows, QUICK, CPU, poison)
+        fit_text(model, windows, QUICK, CPU, make_optimizer=poison)
     assert model.training is mode
 
 
@@ -255,13 +255,12 @@ def test_the_callers_optimizer_is_used_with_a_rate_for_each_group(windows, tiny_
             seen.append([group["lr"] for group in self.param_groups])
             return super().step(closure)
 
-    def make(model, settings, steps):
+    def make(model, learning_rate, total_steps, **_):
         first, *others = model.parameters()
-        rate = settings.learning_rate
-        groups = [{"params": [first], "lr": 16 * rate}, {"params": others, "lr": rate / steps}]
-        return Recorder(groups)
+        groups = [(first, 16 * learning_rate), (others, learning_rate / total_steps)]
+        return Recorder([{"params": params, "lr": rate} for params, rate in groups])
 
-    fit_text(make_model(tiny_config), windows, replace(QUICK, steps=4), CPU, make)
+    fit_text(make_model(tiny_config), windows, replace(QUICK, steps=4), CPU, make_optimizer=make)
     expected = [[0.16 * left, 0.0025 * left] for left in (1, 0.75, 0.5, 0.25)]
     assert seen == [pytest.approx(rates) for rates in expected]
 
@@ -276,7 +275,11 @@ def test_no_gradient_is_longer_than_the_clip_norm(windows, tiny_config):
             return super().step(closure)
 
     settings = replace(QUICK, clip_norm=0.01)
-    fit_text(make_model(tiny_config), windows, settings, CPU, lambda m, s, n: Norms(m.parameters(), lr=1e-3))
+
+    def make(model, learning_rate, **_):
+        return Norms(model.parameters(), lr=learning_rate)
+
+    fit_text(make_model(tiny_config), windows, settings, CPU, make_optimizer=make)
     assert norms == pytest.approx([0.01] * settings.steps, rel=1e-3)
 
 
@@ -294,7 +297,7 @@ def test_lower_precision_gives_nearly_the_same_losses(precision, windows, tiny_c
 def test_a_training_that_diverges_is_an_error(poisoned, windows, tiny_config):
     steps = 3 if poisoned == "loss" else 1  # after one step there is no loss that shows it
     with pytest.raises(ValueError, match="lower the learning rate"):
-        fit_text(make_model(tiny_config), windows, replace(QUICK, steps=steps), CPU, poison)
+        fit_text(make_model(tiny_config), windows, replace(QUICK, steps=steps), CPU, make_optimizer=poison)
 
 
 def test_a_model_in_which_nothing_can_be_trained_is_refused(windows, tiny_config):

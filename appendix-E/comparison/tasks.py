@@ -1,0 +1,96 @@
+"""The two tasks of every comparison: spam, which a small model nearly solves, and the next token of reviews.
+
+A task loads its data once. `run` takes a contender, which has `adapt(model, targets, train_in_full)`: it
+freezes `model`, puts in or chooses what trains, and returns it.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from appendix_e import count_parameters
+from book_assets import get_tokenizer
+from fast_path.settings import TrainingSettings
+from fast_path.training import predict
+from film_reviews.reviews import load_texts
+from language_model.training import TextSettings, encode_windows, fit_text, load_language_model, mean_loss
+from lora.memory_estimate import BODY
+from lora.optimizer import lora_adamw
+from spam_classifier.classifier import build_classifier, context_length, encode_splits, finetune, load_splits
+
+WINDOW = 128  # tokens
+SIZES = {"train": 1000, "validation": 25, "test": 100}  # reviews
+
+
+class SpamTask:
+    """Chapter 6's task: the new head trains in full, and in all other layers what the contender trains."""
+
+    tuning_seeds = (101, 102)  # 149 validation messages are few
+
+    def __init__(self, choice, device, settings=None, quick=False):
+        self.size, self.device = choice.model_size(), device
+        self.settings = settings or TrainingSettings(epochs=2, precision="float32", progress=False)
+        max_tokens = context_length(build_classifier(self.size)[0])
+        self.encoded = encode_splits(load_splits(choice, quick), get_tokenizer(), max_tokens)
+        self.about = {
+            "task": "spam", "model": self.size, "data": choice.data, "quick": quick,
+            "epochs": self.settings.epochs, "batch_size": self.settings.batch_size,
+        }
+
+    def run(self, contender, rate, seed):
+        """Train a new model; return its numbers: test is the accuracy, losses are in nats."""
+        settings = replace(self.settings, learning_rate=rate, seed=seed)
+        model, _ = build_classifier(self.size, seed)
+        torch.manual_seed(seed)
+        contender.adapt(model, "all", "head")
+        trained, _ = count_parameters(model)
+        history = finetune(model, {"train": self.encoded["train"]}, settings, self.device)
+        validation, test = (self.judge(model, name) for name in ("validation", "test"))
+        return {
+            "trained": trained, "seconds_per_step": history.seconds / len(history.losses),
+            "validation_loss": validation[0], "test_loss": test[0], "test": test[1],
+        }
+
+    def judge(self, model, name):
+        """Return (mean loss in nats, accuracy) of the split `name`."""
+        messages, labels = self.encoded[name]
+        logits = predict(model, messages, self.device)
+        right = (logits.argmax(dim=1) == labels).float().mean().item()
+        return cross_entropy(logits, labels).item(), right
+
+
+class TextTask:
+    """The next tokens of film reviews; the contender trains in the blocks, the tied head stays as it is."""
+
+    tuning_seeds = (101,)
+
+    def __init__(self, choice, device, settings=None, quick=False):
+        self.size, self.device = choice.model_size(), device
+        self.settings = settings or TextSettings(steps=100, progress=False)
+        texts = load_texts(choice, {name: 4 if quick else size for name, size in SIZES.items()})
+        tokenizer = get_tokenizer()
+        self.windows = {name: encode_windows(part, tokenizer, WINDOW)[0] for name, part in texts.items()}
+        self.about = {
+            "task": "text", "model": self.size, "data": choice.data, "quick": quick,
+            "steps": self.settings.steps, "batch_size": self.settings.batch_size, "tokens": WINDOW,
+        }
+
+    def run(self, contender, rate, seed):
+        """Train a new model; return its numbers: losses are in nats per token."""
+        settings = replace(self.settings, learning_rate=rate, seed=seed)
+        model, _ = load_language_model(self.size)
+        torch.manual_seed(seed)
+        contender.adapt(model, BODY, ()).to(self.device)
+        trained, _ = count_parameters(model)
+        history = fit_text(
+            model, self.windows["train"], settings, self.device, make_optimizer=lora_adamw
+        )
+        return {
+            "trained": trained, "seconds_per_step": history.seconds / settings.steps,
+            "validation_loss": mean_loss(model, self.windows["validation"], self.device),
+            "test_loss": mean_loss(model, self.windows["test"], self.device),
+        }
+
+
+TASKS = {"spam": SpamTask, "text": TextTask}
