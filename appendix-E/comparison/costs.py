@@ -1,0 +1,111 @@
+"""What a training step costs: seconds and memory, at gpt2-tiny's shape and at GPT-2 small's, one row each.
+
+Run it with nothing else running. Memory is counted tensor by tensor, so it is the same on every CPU.
+"""
+
+import json
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from appendix_e import count_parameters
+from book_assets.files import append_line, check_outputs
+from ch04 import GPT_CONFIG_124M, GPTModel
+from ch06 import add_classification_head
+from fast_path.packed_model import last_token_logits
+from fast_path.settings import TrainingSettings
+from fast_path.training import fit, prepare
+from lora.adapters import save_adapter
+from lora.files import WEIGHTS_FILE
+from lora.layers import adapted_layers
+from lora.optimizer import lora_adamw
+from pretrain_tiny import TINY_CONFIG
+from spam_classifier.experiments import step_memory
+
+SHAPES = {"gpt2-tiny": TINY_CONFIG, "GPT-2 small": {**GPT_CONFIG_124M, "drop_rate": 0.0, "qkv_bias": True}}
+MESSAGES, TOKENS = 8, 128
+SETTINGS = TrainingSettings(
+    epochs=1, batch_size=MESSAGES, precision="float32", progress=False, max_tokens=MESSAGES * TOKENS, seed=1
+)
+CPU = torch.device("cpu")
+
+
+def build_adapted(contender, config):
+    """Return chapter 4's model of the shape `config`, random, with two classes and the contender in it."""
+    torch.manual_seed(1)
+    model = add_classification_head(GPTModel(config))
+    return prepare(contender.adapt(model, "all", "head"), SETTINGS, CPU)
+
+
+def draw_messages(config, steps):
+    """Return ([token ids (TOKENS,)], labels) for so many `steps`."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(config["vocab_size"], (steps * MESSAGES, TOKENS), generator=generator)
+    return [*ids.numpy()], torch.arange(steps * MESSAGES) % 2
+
+
+def time_step(contender, config, steps):
+    """Return the mean seconds of `steps` training steps of MESSAGES × TOKENS tokens."""
+    model = build_adapted(contender, config)
+    history = fit(model, draw_messages(config, steps), SETTINGS, CPU, make_optimizer=lora_adamw)
+    return history.seconds / steps
+
+
+def kept_for_backward(contender, config):
+    """Return the bytes that autograd keeps between forward and backward, the parameters not counted."""
+    model, kept = build_adapted(contender, config), {}
+    for layer in adapted_layers(model).values():
+        layer.lora.attached = True  # as an optimizer does
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        place = tensor.untyped_storage()
+        if place.data_ptr() not in parameters:
+            kept[place.data_ptr()] = place.nbytes(), tensor  # held, so that no place is used twice
+        return tensor
+
+    messages, _ = draw_messages(config, 1)
+    ids, lengths = torch.stack([*map(torch.from_numpy, messages)]), torch.full((MESSAGES,), TOKENS)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = last_token_logits(model.train(), ids, lengths)
+    logits.sum().backward()
+    return sum(size for size, _ in kept.values())
+
+
+def adapter_bytes(contender, config):
+    """Return the size of the contender's saved adapter, the head included."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(build_adapted(contender, config), folder)
+        return Path(folder, WEIGHTS_FILE).stat().st_size
+
+
+def run_costs(contenders, output, shapes=SHAPES, rounds=3, steps=4, report=print):
+    """Measure every contender at every shape; add the rows to the file `output` and return them.
+
+    Seconds are the median of `rounds`, in each of which all contenders take their turn.
+    """
+    check_outputs(output)
+    rows = []
+    for shape, config in shapes.items():
+        times = {each.title: [] for each in contenders}
+        for _ in range(rounds):
+            for each in contenders:
+                times[each.title].append(time_step(each, config, steps))
+        for each in contenders:
+            model = build_adapted(each, config)
+            row = {"task": "costs", "shape": shape, "tokens": MESSAGES * TOKENS, **asdict(each)}
+            row["threads"] = torch.get_num_threads()
+            row["trained"] = count_parameters(model)[0]
+            row["seconds_per_step"] = median(times[each.title])
+            row["kept_bytes"] = kept_for_backward(each, config)
+            row["step_memory_bytes"] = step_memory(
+                model, {"train": draw_messages(config, 1)}, replace(SETTINGS, epochs=1), CPU
+            )
+            row["adapter_bytes"] = adapter_bytes(each, config)
+            append_line(output, json.dumps(row))
+            report(f"{shape}, {each.title}: {row['seconds_per_step']:.3f} s per step")
+            rows.append(row)
+    return rows
