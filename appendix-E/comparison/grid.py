@@ -26,8 +26,8 @@ def run_grid(task, contenders, output, rates=RATES, seeds=SEEDS, report=print):
     """Return the runs of all `contenders` on `task`, a DataFrame of one row per run; train what is missing.
 
     - `task`: has `about`, a dictionary for JSON, `tuning_seeds` to choose the rate with, and
-      `run(contender, rate, seed)`, which returns a dictionary of numbers, validation_loss among them, or
-      raises ValueError if the training diverges
+      `run(contender, rate, seed, tuning)`, which returns a dictionary of numbers, validation_loss among
+      them, or raises ValueError if the training diverges
     - `contenders`: dataclasses with a `title`
     - `output`: the file of finished runs, one line of JSON each
 
@@ -58,7 +58,7 @@ def find_or_run(task, contender, output, report, rate, seed, tuning):
         if key.items() <= row.items():
             return row
     try:
-        numbers = task.run(contender, rate, seed)
+        numbers = task.run(contender, rate, seed, tuning)
     except ValueError as error:
         if "lower the learning rate" not in str(error):
             raise
