@@ -50,8 +50,8 @@ from spam_classifier.experiments import METHODS, compare, summary
 from spam_classifier.memory_check import build_random_classifier, measure_step
 
 __all__ = [
-    "apply_lora", "count_parameters", "export_peft", "import_peft", "load_adapter", "lora_adamw", "merge_lora",
-    "save_adapter", "unmerge_lora",
+    "apply_lora", "count_parameters", "export_peft", "import_peft", "load_adapter", "lora_adamw",
+    "merge_lora", "save_adapter", "unmerge_lora",
 ]
 
 
