@@ -17,7 +17,7 @@ from lora.layers import (
     adapted_layers,
     check_finite,
     check_full,
-    find_layers,
+    layers_for_lora,
     named_parts,
     plain_name,
     remove_lora,
@@ -212,11 +212,10 @@ def widen(tensor):
 
 
 def base_layers(model):
-    """Return {name: linear layer} with the names of the model without LoRA."""
+    """Return {name: layer that can have LoRA} with the names of the model without LoRA."""
     adapted = adapted_layers(model)
     inner = {layer.linear: name for name, layer in adapted.items()}
-    layers = find_layers(model).items()
-    return {inner.get(layer, name): layer for name, layer in layers}
+    return {inner.get(layer, name): layer for name, layer in layers_for_lora(model).items()}
 
 
 def check_shape(name, tensor, like):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from appendix_e import LinearWithLoRA, check_layers, count_parameters, freeze, warn_of_the_rest
+from lora.embedding_conv import CONVOLUTIONS
 from lora.precision import is_wide, keep_in_float32
 from lora.variants import link_projections
 from lora.wrappers import is_conv1d, resolve_variant, with_lora
@@ -27,6 +28,7 @@ ROLES = {  # name endings here, in Llama, BERT and its kin, T5 and Hugging Face'
             "intermediate.dense", "output.dense"),
     "head": ("out_head", "lm_head", "score", "*classifier", "classification_head"),
 }
+KINDS = {"embedding": nn.Embedding, "conv": CONVOLUTIONS}
 
 
 # Which layers
@@ -64,7 +66,7 @@ def matches(name, target):
     """Return whether `target` selects the layer `name`.
 
     `target` is "all", a role of ROLES or a pattern: a path or its last components, with * for anything,
-    such as "W_query" or "trf_blocks.0.*".
+    such as "W_query" or "trf_blocks.0.*". (KINDS are told by the layer, not by its name.)
     """
     if target == "mlp" and ends_with(name, "attention.output.dense"):
         return False  # BERT's projection, although its MLP ends in output.dense
@@ -72,26 +74,44 @@ def matches(name, target):
     return target == "all" or any(ends_with(name, pattern) for pattern in patterns)
 
 
-def find_layers(model, targets="all"):
-    """Return {name: layer} of the linear layers that `targets` select, in the model's order.
+def kind_of(module):
+    """Return "linear", "embedding" or "conv" for a layer that can have LoRA, None for any other module."""
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return "linear"
+    return next((kind for kind, classes in KINDS.items() if isinstance(module, classes)), None)
 
-    `targets`: one target or several, as in `matches`. Raises ValueError for one that selects no layer.
+
+def selects(target, name, module):
+    """Return whether `target` selects the layer `module`, called `name`: by its kind, or as in `matches`."""
+    if target in ("all", *ROLES, *KINDS):
+        kind = target if target in KINDS else "linear"
+        return kind_of(module) == kind and (target in KINDS or matches(name, target))
+    return matches(name, target)
+
+
+def layers_for_lora(model):
+    """Return {name: layer} of all layers that can have LoRA, in the model's order."""
+    return {name: module for name, module in named_parts(model).items() if name and kind_of(module)}
+
+
+def find_layers(model, targets="all"):
+    """Return {name: layer} of the layers that `targets` select, in the model's order.
+
+    `targets`: one or several; "all" and roles stand for linear layers, "embedding" and "conv" for all
+    embeddings and convolutions, patterns, as in `matches`, for layers of every kind.
+    Raises ValueError for one that selects no layer.
     """
-    linear = {
-        name: module for name, module in named_parts(model).items()
-        if name and (isinstance(module, nn.Linear) or is_conv1d(module))
-    }
-    targets = as_tuple(targets)
+    layers, targets = layers_for_lora(model), as_tuple(targets)
     for target in targets:
-        if not any(matches(name, target) for name in linear):
+        if not any(selects(target, name, module) for name, module in layers.items()):
             raise ValueError(
-                f"no linear layer of {type(model).__name__} matches "
-                f"{target!r}: give all, {', '.join(ROLES)} or a pattern "
-                f"for names such as {', '.join([*linear][:3]) or '(none)'}"
+                f"no layer of {type(model).__name__} for LoRA matches "
+                f"{target!r}: give all, {', '.join((*ROLES, *KINDS))} or a pattern "
+                f"for names such as {', '.join([*layers][:3]) or '(none)'}"
             )
     return {
-        name: module for name, module in linear.items()
-        if any(matches(name, target) for target in targets)
+        name: module for name, module in layers.items()
+        if any(selects(target, name, module) for target in targets)
     }
 
 

@@ -3,8 +3,16 @@
 import math
 
 import torch
+from torch import nn
 
 from appendix_e import LinearWithLoRA, LoRALayer, is_number
+from lora.embedding_conv import (
+    CONVOLUTIONS,
+    ConvWithLoRA,
+    EmbeddingLoRALayer,
+    EmbeddingWithLoRA,
+    GroupedLoRALayer,
+)
 from lora.variants import (
     AdaLoRALayer,
     DeltaLoRALayer,
@@ -25,13 +33,16 @@ BRANCHES = {
     "delta-lora": DeltaLoRALayer,
     "pissa": PiSSALayer,
     "olora": OLoRALayer,
+    "embedding": EmbeddingLoRALayer,  # these two are chosen by the kind of layer
+    "grouped": GroupedLoRALayer,
 }
+BY_LAYER = ("embedding", "grouped")
 RATIO = 16.0  # LoRA+: B's learning rate by A's
 CHANGES = {  # what goes together with a branch: the setting that it changes, from which value to which
     "rslora": ("scaling", "alpha", "alpha/sqrt(rank)"),
     "lora+": ("ratio", 1.0, RATIO),
 }
-VARIANTS = (*BRANCHES, *CHANGES)
+VARIANTS = (*(name for name in BRANCHES if name not in BY_LAYER), *CHANGES)
 SENSELESS = {  # and why
     ("lora-fa", "lora+"): "LoRA-FA trains B alone, so there is no second learning rate",
     ("vera", "lora+"): "VeRA trains neither A nor B, which LoRA+ gives two learning rates",
@@ -54,7 +65,7 @@ def resolve_variant(variant="lora", scaling="alpha", ratio=1.0, init="printed", 
     names = (variant,) if isinstance(variant, str) else tuple(variant)
     if unknown := [name for name in names if name not in VARIANTS]:
         raise ValueError(f"variant must be one or several of {', '.join(VARIANTS)}, not {unknown[0]!r}")
-    branches = [name for name in dict.fromkeys(names) if name in BRANCHES] or ["lora"]
+    branches = [name for name in dict.fromkeys(names) if name not in CHANGES] or ["lora"]
     if len(branches) > 1:
         raise ValueError(f"{branches[0]} and {branches[1]} are two branches for one layer: choose one")
     branch, settings = branches[0], {"scaling": scaling, "ratio": ratio}
@@ -109,14 +120,32 @@ class Conv1DWithDoRA(WithDoRA, Conv1DWithLoRA):
     """`Conv1DWithLoRA` with DoRA's lengths."""
 
 
-def with_lora(layer, rank, alpha, *, variant="lora", ratio=1.0, **options):
-    """Return `layer`, a Linear or Conv1D, wrapped with the branch `variant`, a key of BRANCHES.
+def find_wrapper(layer, variant):
+    """Return (class of the wrapper, name of the branch) for `layer`; raise ValueError if there are none."""
+    if isinstance(layer, nn.Embedding):
+        wrapper, branch = EmbeddingWithLoRA, "embedding"
+    elif isinstance(layer, CONVOLUTIONS):
+        wrapper, branch = ConvWithLoRA, "grouped" if layer.groups > 1 else "lora"
+    else:
+        kinds = (LinearWithDoRA, Conv1DWithDoRA) if variant == "dora" else (LinearWithLoRA, Conv1DWithLoRA)
+        wrapper, branch = kinds[is_conv1d(layer)], None
+    if (branch is None and variant in BY_LAYER) or (branch and variant not in ("lora", branch)):
+        kind = type(layer).__name__
+        raise ValueError(f"a {kind} has no branch {variant!r}: linear layers have all, others plain LoRA alone")
+    return wrapper, branch or variant
 
-    `ratio` is LoRA+'s, `options` are the branch's keywords. VeRA's layers need `link_projections` besides.
+
+def with_lora(layer, rank, alpha, *, variant="lora", ratio=1.0, **options):
+    """Return `layer`, a linear layer, Conv1D, embedding or convolution, wrapped with the branch `variant`.
+
+    `variant` is a key of BRANCHES; embeddings and convolutions have "lora" alone. `ratio` is LoRA+'s,
+    `options` are the branch's keywords. VeRA's layers need `link_projections` besides.
     """
-    kinds = (LinearWithDoRA, Conv1DWithDoRA) if variant == "dora" else (LinearWithLoRA, Conv1DWithLoRA)
-    wrapped = kinds[is_conv1d(layer)](layer, rank, alpha, branch=BRANCHES[variant], **options)
-    wrapped.variant, wrapped.ratio = variant, ratio
+    wrapper, branch = find_wrapper(layer, variant)
+    if branch == "grouped":
+        options = {"groups": layer.groups, **options}
+    wrapped = wrapper(layer, rank, alpha, branch=BRANCHES[branch], **options)
+    wrapped.variant, wrapped.ratio = branch, ratio
     if hasattr(wrapped.lora, "begin") and not next(wrapped.lora.parameters()).is_meta:
         with torch.no_grad():
             wrapped.lora.begin(wrapped.turn(layer.weight))
@@ -143,7 +172,9 @@ def branch_from(settings, tensors):
     variant = settings.get("variant", "lora")
     plain = {key: settings[key] for key in LAYER_SETTINGS}
     own = {key: value for key, value in settings.items() if key not in (*plain, "variant", "ratio")}
-    resolve_variant(variant, plain["scaling"], settings.get("ratio", 1.0), **own)
+    if variant not in BRANCHES:
+        raise ValueError(f"its variant is {variant!r}, not one of {', '.join(BRANCHES)}")
+    check_variant(variant, plain["scaling"], settings.get("ratio", 1.0), "printed", own)
     if variant == "vera":
         sizes = settings["in_features"], tensors["lambda_b"].shape[0]
     else:
