@@ -12,19 +12,17 @@ from pathlib import Path
 import torch
 
 from appendix_e import freeze
+from lora.attention import attention_layers, packed_names
 from lora.files import WEIGHTS_FILE, read_files, write_adapter
 from lora.layers import (
     adapted_layers,
     check_finite,
     check_full,
-    layers_for_lora,
-    named_parts,
-    plain_name,
-    remove_lora,
     require_unmerged,
     swap,
 )
 from lora.precision import is_wide, keep_in_float32
+from lora.targets import layers_for_lora, named_parts, plain_name
 from lora.variants import DoRALayer, Relative, link_projections
 from lora.wrappers import branch_from, put_tensors, settings_of, with_lora
 
@@ -51,7 +49,8 @@ def base_parameters(model):
         names |= {f"{name}.lora.{part}": None for part, _ in layer.lora.named_parameters()}  # omitted
     named = {plain_name(model, name): p for name, p in model.named_parameters()}
     named = {names.get(name, name): p for name, p in named.items()}
-    return {name: parameter for name, parameter in named.items() if name}
+    packed = packed_names(named_parts(model))
+    return {packed.get(name, name): parameter for name, parameter in named.items() if name}
 
 
 def fingerprint(model, without=(), stored_as=torch.float32, instead=()):
@@ -121,14 +120,15 @@ def set_adapter(model, adapter):
     require_unmerged(model)
     base = base_parameters(model)
     full = full_tensors(adapter)
-    new = fitted_layers(model, adapter)
-    for name, tensor in full.items():
-        check_shape(name, tensor, base.get(name))
-    modules = modules_with(model, full)
-    kept = kept_values(model, adapter, full)
-    remove_lora(model)
-    freeze(model)
-    swap(model, new)
+    with attention_layers(model):
+        new = fitted_layers(model, adapter)
+        for name, tensor in full.items():
+            check_shape(name, tensor, base.get(name))
+        modules = modules_with(model, full)
+        kept = kept_values(model, adapter, full)
+        swap(model, {layer: layer.linear for layer in adapted_layers(model).values()})
+        freeze(model)
+        swap(model, new)
     for name, value in kept.items():
         base[name].data.copy_(value)
     for module in modules:
@@ -193,7 +193,7 @@ def fitted_layers(model, adapter):
     new = {}
     for name, settings in adapter.layers.items():
         if name not in linear:
-            raise ValueError(f"no linear layer {name}: load the adapter's base model")
+            raise ValueError(f"no layer {name} for LoRA: load the adapter's base model")
         with torch.device("meta"):  # no memory, no random numbers
             layer = with_lora(linear[name], **settings, device="meta")
         tensors = branch_tensors(adapter, name)

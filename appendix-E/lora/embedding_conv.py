@@ -1,8 +1,9 @@
-"""LoRA for embeddings and convolutions, whose weights are not the matrix of a linear layer.
+"""LoRA for embeddings, convolutions, and query, key and value that share one weight.
 
 An embedding looks rows of its weight up, so LoRA looks rows of A up: E[id] + s A[id] B. A convolution is a
 linear layer on patches, so A is a convolution with the same patches into r channels, and B a linear map of
-those: ΔW[o, i, …] = s Σ_r A[i, …, r] B[r, o]. Sources: Hu et al. 2021 (loralib), https://arxiv.org/abs/2106.09685.
+those: ΔW[o, i, …] = s Σ_r A[i, …, r] B[r, o]. Of a weight for query, key and value, each part has an A and
+a B of its own, or none. Source: Hu et al. 2021 (loralib), https://arxiv.org/abs/2106.09685.
 """
 
 import torch
@@ -35,11 +36,11 @@ class EmbeddingLoRALayer(LoRALayer):
 
 
 class EmbeddingWithLoRA(LinearWithLoRA):
-    """`LinearWithLoRA` for nn.Embedding: `linear` is the embedding, its weight (vocabulary, dim) is as A B."""
+    """`LinearWithLoRA` for nn.Embedding: `linear` is the embedding, its weight (vocabulary, dim)."""
 
     def __init__(self, layer, *args, **options):
         if layer.max_norm is not None or layer.sparse or layer.scale_grad_by_freq:
-            raise ValueError("an embedding with max_norm, sparse or scale_grad_by_freq gets no LoRA: leave it out")
+            raise ValueError("an embedding with max_norm, sparse or scale_grad_by_freq cannot have LoRA")
         super().__init__(layer, *args, **options)
         self.num_embeddings, self.embedding_dim = self.sizes()
         self.padding_idx = layer.padding_idx
@@ -63,10 +64,10 @@ class EmbeddingWithLoRA(LinearWithLoRA):
 
 
 class ConvWithLoRA(LinearWithLoRA):
-    """`LinearWithLoRA` for nn.Conv1d, 2d and 3d: `linear` is the convolution, its weight (out, in / groups, k …).
+    """`LinearWithLoRA` for nn.Conv1d, 2d and 3d: `linear` is the convolution.
 
-    A is (in / groups · k …, r) and B (r, out). A's convolution has the base's stride, padding, dilation and
-    groups, so that the sum is the convolution with the merged weight.
+    Its weight is (out, in / groups, k …), A is (in / groups · k …, r) and B (r, out). A's convolution has the
+    base's stride, padding, dilation and groups, so that the sum is the convolution with the merged weight.
     """
 
     def sizes(self):
@@ -100,8 +101,8 @@ class GroupedLoRALayer(Relative):
         super().__init__(in_dim, out_dim, rank, alpha, **options)
         if type(groups) is not int or groups < 1 or rank % groups or out_dim % groups:
             raise ValueError(
-                f"a convolution with {groups} groups needs a rank that they divide, not {rank}: choose another, or "
-                "leave this layer out"
+                f"a convolution with {groups} groups needs a rank that they divide, not {rank}: "
+                "choose another, or leave this layer out"
             )
         self.groups = groups
         self.B = nn.Parameter(self.B.detach()[: rank // groups].clone())
@@ -110,3 +111,36 @@ class GroupedLoRALayer(Relative):
         """Return A (in, r) and B′ (r, out), which is zero outside the groups' own ranks and outputs."""
         blocks = (self.scale * self.B).chunk(self.groups, dim=1)
         return self.A, torch.block_diag(*blocks)
+
+
+# Query, key and value in one weight
+
+
+class MergedLoRALayer(Relative):
+    """The branch of a layer whose outputs are several parts laid side by side, such as query, key and value.
+
+    `parts` says which of these equal parts have LoRA: (True, False, True) leaves the key as it is. Each has a
+    rank r of its own, so with n of them A is (in, n r) and B (n r, out / parts), block under block.
+    """
+
+    own_options = ("parts",)
+
+    def __init__(self, in_dim, out_dim, rank, alpha, *, parts, **options):
+        super().__init__(in_dim, out_dim, rank, alpha, **options)
+        parts = tuple(parts)
+        if not any(parts) or not all(type(part) is bool for part in parts) or out_dim % len(parts):
+            raise ValueError(f"parts must be True or False for equal parts of {out_dim} outputs, not {parts}")
+        self.parts, count = parts, sum(parts)
+        others = [LoRALayer(in_dim, out_dim, rank, alpha, **options).A for _ in range(count - 1)]
+        self.A = nn.Parameter(torch.cat([self.A, *others], dim=1).detach())
+        self.B = nn.Parameter(self.B.new_zeros(count * rank, out_dim // len(parts)))
+
+    def factors(self):
+        """Return A (in, n r) and B′ (n r, out), which is zero for the parts without LoRA."""
+        blocks = iter((self.scale * self.B).chunk(sum(self.parts)))
+        width, rows = self.B.shape[1], []
+        for place, part in enumerate(self.parts):
+            if part:
+                left, right = place * width, (len(self.parts) - 1 - place) * width
+                rows.append(nn.functional.pad(next(blocks), (left, right)))
+        return self.A, torch.cat(rows)

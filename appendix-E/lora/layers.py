@@ -1,139 +1,18 @@
-"""LoRA layers in any model: choose where they go, put them in, merge them, take them out.
+"""LoRA layers in any model: put them in, merge them, take them out. `lora.targets` chooses where they go.
 
 Built on appendix E's `LoRALayer` and `LinearWithLoRA`; needs only torch. `topics/inside-lora.ipynb`
 explains these definitions. A layer's name is its path in the model: trf_blocks.0.att.W_query.
 """
 
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
-
 import torch
 from torch import nn
 
 from appendix_e import LinearWithLoRA, check_layers, count_parameters, freeze, warn_of_the_rest
-from lora.embedding_conv import CONVOLUTIONS
+from lora.attention import attention_layers
 from lora.precision import is_wide, keep_in_float32
+from lora.targets import as_tuple, find_layers, find_modules, named_parts, split_parts
 from lora.variants import link_projections
-from lora.wrappers import is_conv1d, resolve_variant, with_lora
-
-QKV = "c_attn"  # GPT-2's query, key and value in one layer
-ROLES = {  # name endings here, in Llama, BERT and its kin, T5 and Hugging Face's GPT-2
-    "query": ("W_query", "query", "q_proj", "query_proj", "q_lin", "*Attention.q", QKV),
-    "key": ("W_key", "key", "k_proj", "key_proj", "k_lin", "*Attention.k", QKV),
-    "value": ("W_value", "value", "v_proj", "value_proj", "v_lin", "*Attention.v", QKV),
-    "projection": ("out_proj", "o_proj", "out_lin", "attn.c_proj", "*Attention.o",
-                   "attention.output.dense"),
-    "mlp": ("ff.layers.[0-9]", "gate_proj", "up_proj", "down_proj", "fc[12]",
-            "lin[12]", "wi", "wi_[01]", "wo", "mlp.c_fc", "mlp.c_proj",
-            "intermediate.dense", "output.dense"),
-    "head": ("out_head", "lm_head", "score", "*classifier", "classification_head"),
-}
-KINDS = {"embedding": nn.Embedding, "conv": CONVOLUTIONS}
-
-
-# Which layers
-
-
-def plain_name(model, path):
-    """Return the name `path` in `model` without what torch.compile and DataParallel add to names."""
-    path = f"{path}.".replace("_orig_mod.", "")
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    if isinstance(getattr(model, "_orig_mod", model), parallel):
-        path = path.removeprefix("module.")
-    return path[:-1]
-
-
-def named_parts(model):
-    """Return {plain name: module} of all modules of `model`."""
-    return {plain_name(model, path): part for path, part in model.named_modules()}
-
-
-def as_tuple(targets):
-    """Return one target or several as a tuple. Raises ValueError if one is not a string."""
-    several = isinstance(targets, Iterable) and not isinstance(targets, str)
-    targets = tuple(targets) if several else (targets,)
-    if not all(isinstance(target, str) for target in targets):
-        raise ValueError(f"targets are strings, such as 'query', not {targets!r}")
-    return targets
-
-
-def ends_with(name, pattern):
-    """Return whether `pattern`, * for anything, fits whole components at the end of the path `name`."""
-    return fnmatchcase(f".{name}", f"*.{pattern}")
-
-
-def matches(name, target):
-    """Return whether `target` selects the layer `name`.
-
-    `target` is "all", a role of ROLES or a pattern: a path or its last components, with * for anything,
-    such as "W_query" or "trf_blocks.0.*". (KINDS are told by the layer, not by its name.)
-    """
-    if target == "mlp" and ends_with(name, "attention.output.dense"):
-        return False  # BERT's projection, although its MLP ends in output.dense
-    patterns = ROLES.get(target, (target,))
-    return target == "all" or any(ends_with(name, pattern) for pattern in patterns)
-
-
-def kind_of(module):
-    """Return "linear", "embedding" or "conv" for a layer that can have LoRA, None for any other module."""
-    if isinstance(module, nn.Linear) or is_conv1d(module):
-        return "linear"
-    return next((kind for kind, classes in KINDS.items() if isinstance(module, classes)), None)
-
-
-def selects(target, name, module):
-    """Return whether `target` selects the layer `module`, called `name`: by its kind, or as in `matches`."""
-    if target in ("all", *ROLES, *KINDS):
-        kind = target if target in KINDS else "linear"
-        return kind_of(module) == kind and (target in KINDS or matches(name, target))
-    return matches(name, target)
-
-
-def layers_for_lora(model):
-    """Return {name: layer} of all layers that can have LoRA, in the model's order."""
-    return {name: module for name, module in named_parts(model).items() if name and kind_of(module)}
-
-
-def find_layers(model, targets="all"):
-    """Return {name: layer} of the layers that `targets` select, in the model's order.
-
-    `targets`: one or several; "all" and roles stand for linear layers, "embedding" and "conv" for all
-    embeddings and convolutions, patterns, as in `matches`, for layers of every kind.
-    Raises ValueError for one that selects no layer.
-    """
-    layers, targets = layers_for_lora(model), as_tuple(targets)
-    for target in targets:
-        if not any(selects(target, name, module) for name, module in layers.items()):
-            raise ValueError(
-                f"no layer of {type(model).__name__} for LoRA matches "
-                f"{target!r}: give all, {', '.join((*ROLES, *KINDS))} or a pattern "
-                f"for names such as {', '.join([*layers][:3]) or '(none)'}"
-            )
-    return {
-        name: module for name, module in layers.items()
-        if any(selects(target, name, module) for target in targets)
-    }
-
-
-def find_modules(model, targets):
-    """Return {name: module} of the modules of any kind, with parameters, that `targets` select.
-
-    Raises ValueError for a target that selects no module, and for "all".
-    """
-    chosen = {}
-    for target in as_tuple(targets):
-        found = {
-            name: module for name, module in named_parts(model).items()
-            if name and matches(name, target) and [*module.parameters()]
-        }
-        if not found or target == "all":
-            raise ValueError(
-                f"{target!r} is no part of {type(model).__name__}: name a "
-                "module to train in full, such as head or final_norm"
-            )
-        chosen |= found
-    return chosen
-
+from lora.wrappers import resolve_variant, with_lora
 
 # Putting LoRA in
 
@@ -162,19 +41,22 @@ def swap(model, new):
 
 def apply_lora(
     model, rank, alpha, targets="all", scaling="alpha", dropout=0.0,
-    init="printed", train_in_full=(), variant="lora", **options,
+    init="printed", train_in_full=(), variant="lora", split_qkv=False, **options,
 ):
-    """Put LoRA into the linear layers that `targets` select, in place, freeze the rest, return `model`.
+    """Put LoRA into the layers that `targets` select, in place, freeze the rest, return `model`.
 
     - `rank`: columns of A and rows of B, at least 1
     - `alpha`: numerator of the scale of x A B
-    - `targets`: roles (query, key, value, projection, mlp, head), "all" or name patterns; one or several
+    - `targets`: "all" linear layers, roles of them (query, key, value, projection, mlp, head), "embedding",
+      "conv" or name patterns; one or several
     - `scaling`: that scale, "alpha" (as printed), "alpha/rank" (paper, PEFT) or "alpha/sqrt(rank)" (rsLoRA)
     - `dropout`: fraction of x that the LoRA branch drops in training, in [0, 1)
     - `init`: of A, "printed" (uniform in ±1/√rank) or "paper" (±1/√in)
     - `train_in_full`: roles or patterns of modules to train themselves, usually "head"; they get no LoRA.
       PEFT calls them modules_to_save.
     - `variant`: LoRA or a relative of it, a name of `lora.wrappers.VARIANTS`, or several that go together
+    - `split_qkv`: in a layer for query, key and value (GPT-2's c_attn, torch's MultiheadAttention), give each
+      of the three that `targets` select an A and a B of its own, and the others none, as loralib does
     - `options`: the variant's own: `ratio` (LoRA+), `target_rank` (AdaLoRA), `key` (VeRA), `factor` and
       `start_step` (Delta-LoRA)
 
@@ -184,23 +66,34 @@ def apply_lora(
     model that already has LoRA. Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
     """
     require_plain(model)
-    full = find_modules(model, train_in_full)
-    inside = check_full(model, full)
-    layers = [*find_layers(model, targets).values()]
-    layers = [layer for layer in layers if layer not in inside]
-    if not layers:
-        raise ValueError("nothing is left for LoRA: add targets not in train_in_full")
-    settings = resolve_variant(variant, scaling, init=init, **options)
-    check_layers(layers, 1 if settings["variant"] == "vera" else rank, dropout)
-    new = {old: with_lora(old, rank, alpha, dropout=dropout, **settings) for old in layers}
-    link_projections(layer.lora for layer in new.values())
-    freeze(model)
-    swap(model, new)
+    settings = resolve_variant(variant, scaling, init=init, **options) | {"dropout": dropout}
+    if split_qkv and settings["variant"] != "lora":
+        raise ValueError(f"split_qkv is for plain LoRA, not {settings['variant']}: leave one of them out")
+    with attention_layers(model):
+        full = find_modules(model, train_in_full)
+        inside = check_full(model, full)
+        layers = {name: old for name, old in find_layers(model, targets).items() if old not in inside}
+        if not layers:
+            raise ValueError("nothing is left for LoRA: add targets not in train_in_full")
+        check_layers(layers.values(), 1 if settings["variant"] == "vera" else rank, dropout)
+        new = {
+            old: with_lora(old, rank, alpha, **settings | own_parts(name, targets, split_qkv))
+            for name, old in layers.items()
+        }
+        link_projections(layer.lora for layer in new.values())
+        freeze(model)
+        swap(model, new)
     for module in full.values():
         keep_in_float32(module).requires_grad_(True)
     if "all" in as_tuple(targets):
         warn_of_the_rest(model, inside)
     return model
+
+
+def own_parts(name, targets, split_qkv):
+    """Return {variant, parts} for a layer of query, key and value that gets LoRA part by part, else {}."""
+    parts = split_parts(name, targets) if split_qkv else None
+    return {"variant": "merged", "parts": parts} if parts else {}
 
 
 def check_full(model, full):
@@ -246,7 +139,8 @@ def remove_lora(model):
     """
     require_unmerged(model)
     layers = adapted_layers(model).values()
-    swap(model, {layer: layer.linear for layer in layers})
+    with attention_layers(model):
+        swap(model, {layer: layer.linear for layer in layers})
     return model
 
 

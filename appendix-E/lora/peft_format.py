@@ -25,7 +25,7 @@ from lora.adapters import (
     take_adapter,
 )
 from lora.files import check_low_rank, find_file, read_json, read_tensors, reading, write_whole, writing
-from lora.layers import adapted_layers, check_full, named_parts, plain_name
+from lora.layers import adapted_layers, check_full
 from lora.peft_tensors import (
     KINDS,
     PREFIX,
@@ -40,6 +40,7 @@ from lora.peft_tensors import (
     vera_settings,
     with_starts,
 )
+from lora.targets import named_parts, plain_name
 from lora.wrappers import Conv1DWithLoRA
 
 PEFT_WEIGHTS = "adapter_model.safetensors"

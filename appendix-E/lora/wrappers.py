@@ -12,6 +12,7 @@ from lora.embedding_conv import (
     EmbeddingLoRALayer,
     EmbeddingWithLoRA,
     GroupedLoRALayer,
+    MergedLoRALayer,
 )
 from lora.variants import (
     AdaLoRALayer,
@@ -33,10 +34,11 @@ BRANCHES = {
     "delta-lora": DeltaLoRALayer,
     "pissa": PiSSALayer,
     "olora": OLoRALayer,
-    "embedding": EmbeddingLoRALayer,  # these two are chosen by the kind of layer
+    "embedding": EmbeddingLoRALayer,  # these three are chosen by the kind of layer
     "grouped": GroupedLoRALayer,
+    "merged": MergedLoRALayer,
 }
-BY_LAYER = ("embedding", "grouped")
+BY_LAYER = ("embedding", "grouped", "merged")
 RATIO = 16.0  # LoRA+: B's learning rate by A's
 CHANGES = {  # what goes together with a branch: the setting that it changes, from which value to which
     "rslora": ("scaling", "alpha", "alpha/sqrt(rank)"),
@@ -129,9 +131,10 @@ def find_wrapper(layer, variant):
     else:
         kinds = (LinearWithDoRA, Conv1DWithDoRA) if variant == "dora" else (LinearWithLoRA, Conv1DWithLoRA)
         wrapper, branch = kinds[is_conv1d(layer)], None
-    if (branch is None and variant in BY_LAYER) or (branch and variant not in ("lora", branch)):
+    linear = branch is None
+    if variant in ("embedding", "grouped") if linear else variant not in ("lora", branch):
         kind = type(layer).__name__
-        raise ValueError(f"a {kind} has no branch {variant!r}: linear layers have all, others plain LoRA alone")
+        raise ValueError(f"a {kind} has no branch {variant!r}: only linear layers have LoRA's relatives")
     return wrapper, branch or variant
 
 
@@ -178,7 +181,7 @@ def branch_from(settings, tensors):
     if variant == "vera":
         sizes = settings["in_features"], tensors["lambda_b"].shape[0]
     else:
-        sizes = tensors["A"].shape[0], tensors["B"].shape[1]
+        sizes = tensors["A"].shape[0], tensors["B"].shape[1] * len(own.get("parts", "1"))
     with torch.device("meta"):  # no memory, no random numbers
         branch = BRANCHES[variant](*sizes, **plain, **own, device="meta")
     shapes = {name: tuple(parameter.shape) for name, parameter in branch.named_parameters()}

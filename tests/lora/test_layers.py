@@ -13,16 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_in_practice
 from appendix_e import LinearWithLoRA, LoRALayer, count_parameters, replace_linear_with_lora
-from lora.layers import (
-    ROLES,
-    adapted_layers,
-    apply_lora,
-    matches,
-    merge_lora,
-    print_parameters,
-    remove_lora,
-    unmerge_lora,
-)
+from lora.layers import adapted_layers, apply_lora, merge_lora, print_parameters, remove_lora, unmerge_lora
+from lora.targets import ROLES, matches
 from lora.wrappers import with_lora
 from models import IDS, TARGETS, same_state, small_gpt, state, train_a_little
 

@@ -9,17 +9,8 @@ import transformers as hf
 from torch import nn
 
 from appendix_e import LinearWithLoRA, count_parameters, freeze, replace_linear_with_lora
-from lora.layers import (
-    ROLES,
-    adapted_layers,
-    apply_lora,
-    find_layers,
-    is_merged,
-    merge_lora,
-    plain_name,
-    remove_lora,
-    unmerge_lora,
-)
+from lora.layers import adapted_layers, apply_lora, is_merged, merge_lora, remove_lora, unmerge_lora
+from lora.targets import ROLES, find_layers, plain_name
 from lora.wrappers import Conv1DWithLoRA
 from models import IDS, foreign, language_model, same_state, small_gpt, state, train_a_little
 

@@ -17,8 +17,9 @@ from torch import nn
 
 from book_assets.table import REPOSITORY
 from lora.adapters import load_adapter, save_adapter, set_adapter
-from lora.layers import adapted_layers, apply_lora, ends_with, find_layers, find_modules, merge_lora, swap
+from lora.layers import adapted_layers, apply_lora, merge_lora, swap
 from lora.peft_format import export_peft, import_peft
+from lora.targets import ends_with, find_layers, find_modules
 from models import IDS, foreign, same_state, small_gpt, state, train_a_little
 
 PAGE = (REPOSITORY / "appendix-E" / "YOUR-PROJECT.md").read_text(encoding="utf-8")

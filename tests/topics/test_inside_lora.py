@@ -3,7 +3,8 @@
 import torch
 
 from lora.adapters import take_adapter
-from lora.layers import apply_lora, find_layers
+from lora.layers import apply_lora
+from lora.targets import find_layers
 from lora.wrappers import is_conv1d
 from topics.inside_lora import Conv1D, compute_update, pretend_training, small_model
 
