@@ -214,7 +214,7 @@ def warn_of_the_rest(model, trained=()):
         warnings.warn(
             f"{len(rest)} weight(s) in layers other than nn.Linear get no LoRA: "
             f"{', '.join(rest[:3])}{' …' * (len(rest) > 3)}; lora.layers.apply_lora "
-            "adapts Conv1D and can train other modules in full", stacklevel=3,
+            "adapts Conv1D, attention and, with the targets conv and embedding, these", stacklevel=3,
         )
 
 

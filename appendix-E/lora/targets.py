@@ -1,6 +1,6 @@
 """Which layers get LoRA: names of layers, roles, patterns, and the kinds of layers that can have it.
 
-A layer's name is its path in the model, as in the printed model: trf_blocks.0.att.W_query.
+A layer's name is its path in the model, as in trf_blocks.0.att.W_query.
 """
 
 from collections.abc import Iterable

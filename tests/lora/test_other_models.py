@@ -64,11 +64,10 @@ def test_replacing_the_linear_layers_of_gpt2_warns_that_its_conv1d_get_no_lora()
     assert [*adapted_layers(model)] == ["score"] and count_parameters(model)[0] == 16 * 16 + 16 * 2
 
 
-@pytest.mark.parametrize("adapt", [replace_linear_with_lora, apply_lora])
-@pytest.mark.parametrize("module, weight", [
-    (nn.MultiheadAttention(8, 2), "0.in_proj_weight (MultiheadAttention)"),
-    (nn.LSTM(4, 4), "0.weight_ih_l0 (LSTM)"),
-    (nn.Conv2d(3, 4, 3), "0.weight (Conv2d)"),
+@pytest.mark.parametrize("adapt, module, weight", [
+    (replace_linear_with_lora, nn.MultiheadAttention(8, 2), "0.in_proj_weight (MultiheadAttention)"),
+    *((adapt, nn.LSTM(4, 4), "0.weight_ih_l0 (LSTM)") for adapt in (replace_linear_with_lora, apply_lora)),
+    *((adapt, nn.Conv2d(3, 4, 3), "0.weight (Conv2d)") for adapt in (replace_linear_with_lora, apply_lora)),
 ])
 def test_weights_of_other_layers_are_named_in_one_warning(adapt, module, weight):
     model = nn.Sequential(copy.deepcopy(module), nn.Linear(4, 4))
@@ -83,10 +82,11 @@ def test_weights_of_other_layers_are_named_in_one_warning(adapt, module, weight)
     lambda: apply_lora(small_gpt(), 2, 2),
     lambda: apply_lora(foreign("gpt2"), 2, 2, train_in_full="head"),
     lambda: apply_lora(foreign("bert"), 2, 2),
+    lambda: apply_lora(nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(4, 4)), 2, 2),
     lambda: apply_lora(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4)), 2, 2, train_in_full="0"),
     lambda: apply_lora(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4)), 2, 2, "1"),
     lambda: replace_linear_with_lora(foreign("gpt2"), 2, 2, select=lambda path, module: path == "score"),
-], ids=["gpt", "gpt, all", "gpt2", "bert", "trained in full", "chosen", "selected"])
+], ids=["gpt", "gpt, all", "gpt2", "bert", "attention", "trained in full", "chosen", "selected"])
 def test_what_is_adapted_or_trained_or_was_not_asked_for_gives_no_warning(act):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
