@@ -24,6 +24,7 @@ from lora.adapters import (
     set_adapter,
     take_adapter,
 )
+from lora.attention import AttentionWithLayer
 from lora.files import check_low_rank, find_file, read_json, read_tensors, reading, write_whole, writing
 from lora.layers import adapted_layers, check_full
 from lora.peft_tensors import (
@@ -32,7 +33,11 @@ from lora.peft_tensors import (
     PROJECTIONS,
     adalora_config,
     all_ranks,
+    by_pattern,
+    check_exchangeable,
+    embeddings_of,
     from_peft,
+    layer_settings,
     only_variant,
     plain_adapter,
     to_peft,
@@ -65,7 +70,6 @@ PLAIN_VALUES = {  # PEFT's other initialisations change the base weights
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica", *STARTS),
 }
-PEFT_SCALINGS = {False: "alpha/rank", True: "alpha/sqrt(rank)"}  # by use_rslora
 PEFT_DEFAULTS = {
     "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None,
     "inference_mode": True, "bias": "none",
@@ -82,12 +86,12 @@ def export_peft(model, folder):
     the head. Raises what `take_adapter` and `write_whole` raise, and ValueError, naming it, for what PEFT
     would read otherwise than it is meant.
     """
-    adapter = plain_adapter(take_adapter(model))
+    adapter, layers = plain_adapter(take_adapter(model)), adapted_layers(model)
     check_readable(model, adapter)
     full = saved_in_full(model, adapter)
     tensors = {PREFIX + name: tensor for name, tensor in full.items()}
     for name in adapter.layers:
-        tensors |= to_peft(adapter, name)
+        tensors |= to_peft(adapter, name, layers[name])
     if only_variant(adapter) == "vera":
         pair = next(iter(adapted_layers(model).values())).lora.shared
         tensors |= dict(zip(PROJECTIONS, map(copy_to_cpu, (pair.A, pair.B))))
@@ -226,7 +230,11 @@ def base_parts(model):
 def check_readable(model, adapter):
     """Raise ValueError, naming it, for what PEFT would read from these files otherwise than it is meant."""
     check_shared(model, adapter)
+    for name, layer in adapted_layers(model).items():
+        check_exchangeable(name, layer.linear)
     parts, modules = base_parts(model), modules_in_full(adapter)
+    if names := [n for n, part in parts.items() if isinstance(part, AttentionWithLayer)]:
+        raise ValueError(f"PEFT has another form for torch's attention, {names[0]}: use save_adapter")
     for name in modules:
         longer = [n for n in parts if n.endswith(name) and n not in modules]  # as PEFT compares
         within = [n for n in adapter.layers if f"{n}.".startswith(f"{name}.")]
@@ -281,6 +289,8 @@ def import_peft(model, folder):
         adapter = adapter_from_peft(config, tensors, linear)
         check_low_rank(adapter.layers, adapter.tensors)
     check_shared(model, adapter)
+    for name in adapter.layers:
+        check_exchangeable(name, linear.get(name))
     if config.get("init_lora_weights") in STARTS:
         adapter = with_starts(model, adapter, config["init_lora_weights"])
     return set_adapter(model, adapter)
@@ -320,29 +330,7 @@ def adapter_from_peft(config, tensors, linear):
     if config["peft_type"] == "VERA":
         layers = {name: vera_settings(config, tensors, linear.get(name)) for name in branches}
         return Adapter(layers, ours)
-    return Adapter({name: layer_settings(config, name) for name in branches}, ours)
-
-
-def layer_settings(config, layer):
-    """Return the settings of one layer, from PEFT's patterns or else its defaults."""
-    if config["peft_type"] == "ADALORA":
-        rank = config["init_r"]
-        alpha = config["lora_alpha"] if config["lora_alpha"] > 0 else rank
-        plain = {"rank": rank, "alpha": alpha, "scaling": "alpha/rank"}
-        own = {"variant": "adalora", "target_rank": min(config["target_r"], rank)}
-        return {**plain, "dropout": config.get("lora_dropout", 0.0), **own}
-    return {
-        "rank": by_pattern(config.get("rank_pattern"), layer, config["r"]),
-        "alpha": by_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"]),
-        "scaling": PEFT_SCALINGS[config.get("use_rslora") or False],
-        "dropout": config.get("lora_dropout", 0.0),
-        **({"variant": "dora"} if config.get("use_dora") else {}),
-    }
-
-
-def by_pattern(patterns, layer, default):
-    """Return the value of the first regular expression that fits `layer`, or its end after a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return value
-    return default
+    layers = {name: layer_settings(config, name) for name in branches}
+    for name in embeddings_of(tensors):
+        layers[name]["variant"] = "embedding"
+    return Adapter(layers, ours)

@@ -16,6 +16,7 @@ from lora.adapters import (
     full_tensors,
     plain_factors,
 )
+from lora.embedding_conv import CONVOLUTIONS, ConvWithLoRA
 from lora.variants import D_INITIAL, digest_of
 from lora.wrappers import with_lora
 
@@ -24,12 +25,14 @@ NAMES = {  # ours: PEFT's, by its peft_type
     "LORA": {
         "A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector",
     },
+    "embedding": {"A": "lora_embedding_A", "B": "lora_embedding_B"},  # with LORA
     "VERA": {"lambda_d": "vera_lambda_d", "lambda_b": "vera_lambda_b"},
     "ADALORA": {"A": "lora_A", "B": "lora_B", "E": "lora_E"},
 }
 PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
-KINDS = {"lora": "LORA", "dora": "LORA", "vera": "VERA", "adalora": "ADALORA"}
+KINDS = {"lora": "LORA", "embedding": "LORA", "dora": "LORA", "vera": "VERA", "adalora": "ADALORA"}
 SAME_FILE = ("lora-fa",)  # trained otherwise than plain LoRA, but added in the same way
+PEFT_SCALINGS = {False: "alpha/rank", True: "alpha/sqrt(rank)"}  # by use_rslora
 PADDING = 1e-5  # PEFT's AdaLoRA divides by rank + this
 
 
@@ -62,6 +65,7 @@ def plain_adapter(adapter):
 def only_variant(adapter):
     """Return the variant of all layers of `adapter`; raise ValueError if they have several."""
     variants = {settings.get("variant", "lora") for settings in adapter.layers.values()}
+    variants = {"lora" if variant == "embedding" else variant for variant in variants}
     if len(variants) > 1:
         raise ValueError(f"PEFT has one method per adapter, this one {' and '.join(sorted(variants))}")
     return variants.pop()
@@ -70,8 +74,8 @@ def only_variant(adapter):
 # Writing
 
 
-def to_peft(adapter, name):
-    """Return {PEFT's name: tensor} of the layer `name`."""
+def to_peft(adapter, name, layer):
+    """Return {PEFT's name: tensor} of `layer`, called `name`, a layer with LoRA."""
     settings, parts = adapter.layers[name], branch_tensors(adapter, name)
     variant = settings.get("variant", "lora")
     if variant == "vera":  # PEFT's has no scale
@@ -82,7 +86,11 @@ def to_peft(adapter, name):
         factor = (settings["rank"] + PADDING) / settings["rank"]
         parts = {"A": parts["A"][:, kept], "B": parts["B"][kept], "E": factor * parts["E"][kept, None]}
     turned = {n: t.T if n in "AB" else t for n, t in parts.items()}
-    names = NAMES[KINDS[variant]]
+    if isinstance(layer, ConvWithLoRA):
+        ones = (1,) * (layer.linear.weight.dim() - 2)
+        turned["A"] = turned["A"].reshape(-1, *layer.linear.weight.shape[1:])
+        turned["B"] = turned["B"].reshape(*turned["B"].shape, *ones)
+    names = NAMES.get(variant) or NAMES[KINDS[variant]]
     return {f"{PREFIX}{name}.{names[n]}": tensor.contiguous() for n, tensor in turned.items()}
 
 
@@ -115,14 +123,32 @@ def adalora_config(adapter, first):
 
 def from_peft(config, key, tensor):
     """Return (layer, our name, tensor) of a tensor `key` of PEFT's; the layer is None if no branch has it."""
-    name = key.removeprefix(PREFIX).replace("_orig_mod.", "")
-    for ours, theirs in NAMES[config["peft_type"]].items():
+    name, kind = key.removeprefix(PREFIX).replace("_orig_mod.", ""), config["peft_type"]
+    known = [*NAMES[kind].items(), *(NAMES["embedding"].items() if kind == "LORA" else ())]
+    for ours, theirs in known:
         if name.endswith(f".{theirs}"):
-            turned = tensor.T.contiguous() if ours in "AB" else tensor
+            turned = tensor.flatten(1).T.contiguous() if ours in "AB" else tensor
             return name.removesuffix(f".{theirs}"), ours, turned
     if re.search(r"\.(lora|vera)_\w+(\.weight)?$", name):
-        raise ValueError(f"{key} is no tensor of {config['peft_type']}")
+        raise ValueError(f"{key} is no tensor of {kind}")
     return None, name, tensor
+
+
+def embeddings_of(keys):
+    """Return the set of layers that `keys`, names of PEFT's tensors, show to be embeddings."""
+    ending = f".{NAMES['embedding']['A']}"
+    return {key.removeprefix(PREFIX).removesuffix(ending) for key in keys if key.endswith(ending)}
+
+
+def check_exchangeable(name, layer):
+    """Raise ValueError for a base `layer`, called `name`, in which PEFT 0.21 computes something else."""
+    if isinstance(layer, CONVOLUTIONS):
+        plain = layer.groups == 1 and layer.padding_mode == "zeros" and {*layer.dilation} == {1}
+        if not plain:
+            raise ValueError(
+                f"PEFT's LoRA ignores the dilation and padding mode of {name} and cannot merge groups: use "
+                "save_adapter, or merge_lora and the whole model"
+            )
 
 
 def all_ranks(config, layer, parts):
@@ -162,3 +188,28 @@ def with_starts(model, adapter, start):
             for part in ("A_start", "B_start"):
                 tensors[f"{name}.lora.{part}"] = copy_to_cpu(getattr(lora, part))
     return Adapter(layers, tensors)
+
+
+def layer_settings(config, layer):
+    """Return the settings of one layer, from PEFT's patterns or else its defaults."""
+    if config["peft_type"] == "ADALORA":
+        rank = config["init_r"]
+        alpha = config["lora_alpha"] if config["lora_alpha"] > 0 else rank
+        plain = {"rank": rank, "alpha": alpha, "scaling": "alpha/rank"}
+        own = {"variant": "adalora", "target_rank": min(config["target_r"], rank)}
+        return {**plain, "dropout": config.get("lora_dropout", 0.0), **own}
+    return {
+        "rank": by_pattern(config.get("rank_pattern"), layer, config["r"]),
+        "alpha": by_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"]),
+        "scaling": PEFT_SCALINGS[config.get("use_rslora") or False],
+        "dropout": config.get("lora_dropout", 0.0),
+        **({"variant": "dora"} if config.get("use_dora") else {}),
+    }
+
+
+def by_pattern(patterns, layer, default):
+    """Return the value of the first regular expression that fits `layer`, or its end after a dot."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return default

@@ -11,6 +11,7 @@ from torch import nn
 
 from lora.adapters import combine_adapters, load_adapter, save_adapter, set_adapter, take_adapter
 from lora.layers import adapted_layers, apply_lora, merge_lora, remove_lora, unmerge_lora
+from lora.peft_format import export_peft, import_peft
 from lora.targets import find_layers
 from models import foreign, same_state, state, train_a_little
 
@@ -285,3 +286,63 @@ def test_pefts_convolution_is_wrong_where_ours_is_the_merged_one():
     x = torch.randn(2, 3, 6, 6)
     unmerged = train_a_little(theirs).eval()(x)
     assert (theirs.merge_and_unload()(x) - unmerged).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dim", CONVOLUTIONS)
+@settings(max_examples=8, deadline=None)
+@given(stride=st.integers(1, 2), padding=st.sampled_from([0, 1]), rank=st.integers(1, 4),
+       size=st.sampled_from([1, 3]))
+def test_convolutions_are_exchanged_with_peft(folder, dim, stride, padding, rank, size):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(CONVOLUTIONS[dim](3, 5, size, stride, padding)).eval()
+
+    x = torch.randn(2, 3, *IMAGES[dim])
+    ours = train_a_little(apply_lora(build(), rank, 3.0, "conv"))
+    export_peft(ours, folder / "conv")
+    close(peft.PeftModel.from_pretrained(build(), folder / "conv").eval()(x), ours(x), 1e-5)
+    theirs = peft.get_peft_model(build(), peft.LoraConfig(r=rank, lora_alpha=5, target_modules=["0"]))
+    train_a_little(theirs).eval().save_pretrained(folder / "conv")
+    ours = import_peft(build(), folder / "conv")
+    close(ours(x), theirs(x), 1e-5)
+    if size > 1:  # PEFT cannot merge a Conv3d of size 1
+        close(merge_lora(ours)[0].weight, theirs.merge_and_unload()[0].weight, 1e-5)
+
+
+@settings(max_examples=8, deadline=None)
+@given(rank=st.integers(1, 6), rslora=st.booleans())
+def test_embeddings_are_exchanged_with_peft(folder, rank, rslora):
+    ours = apply_lora(tagger(), rank, 3.0, ("embedding", "all"))
+    export_peft(train_a_little(ours), folder / "embedding")
+    close(peft.PeftModel.from_pretrained(tagger(), folder / "embedding").eval()(IDS), ours(IDS), 1e-5)
+    config = peft.LoraConfig(r=rank, lora_alpha=5, target_modules=["0", "1"], use_rslora=rslora)
+    theirs = train_a_little(peft.get_peft_model(tagger(), config)).eval()
+    theirs.save_pretrained(folder / "embedding")
+    close(import_peft(tagger(), folder / "embedding")(IDS), theirs(IDS), 1e-5)
+
+
+def test_query_and_value_of_one_weight_are_exported_as_lora_of_twice_the_rank(tmp_path):
+    ours = train_a_little(apply_lora(foreign("gpt2"), 3, 2.0, ("query", "value"), split_qkv=True))
+    export_peft(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(foreign("gpt2"), tmp_path).eval()
+    close(theirs(IDS).logits, ours(IDS).logits, 1e-5)
+    assert theirs.peft_config["default"].r == 6
+
+
+@pytest.mark.parametrize("options", [
+    {"dilation": 2}, {"padding": 1, "padding_mode": "circular"}, {"groups": 2},
+])
+def test_what_peft_computes_otherwise_is_neither_exported_nor_imported(options, tmp_path):
+    model = apply_lora(nn.Sequential(nn.Conv2d(4, 4, 3, **options)), 2, 2.0, "conv")
+    with pytest.raises(ValueError, match="PEFT's LoRA ignores the dilation and padding mode of 0"):
+        export_peft(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    plain = train_a_little(apply_lora(nn.Sequential(nn.Conv2d(4, 4, 3)), 2, 2.0, "conv"))
+    export_peft(plain, tmp_path)
+    with pytest.raises(ValueError, match="PEFT's LoRA ignores"):
+        import_peft(nn.Sequential(nn.Conv2d(4, 4, 3, **options)), tmp_path)
+
+
+def test_torchs_attention_is_not_exported(tmp_path):
+    with pytest.raises(ValueError, match=r"another form for torch's attention, blocks\.0\.self_attn"):
+        export_peft(make("attention")[0], tmp_path / "none")
