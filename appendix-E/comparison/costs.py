@@ -24,13 +24,13 @@ from lora.layers import adapted_layers
 from lora.optimizer import lora_adamw
 from pretrain_tiny import TINY_CONFIG
 from spam_classifier.experiments import step_memory
+from spam_classifier.memory_check import CPU
 
 SHAPES = {"gpt2-tiny": TINY_CONFIG, "GPT-2 small": {**GPT_CONFIG_124M, "drop_rate": 0.0, "qkv_bias": True}}
 MESSAGES, TOKENS = 8, 128
 SETTINGS = TrainingSettings(
     epochs=1, batch_size=MESSAGES, precision="float32", progress=False, max_tokens=MESSAGES * TOKENS, seed=1
 )
-CPU = torch.device("cpu")
 
 
 def build_adapted(contender, config):

@@ -50,7 +50,7 @@ class SpamTask:
         trained, _ = count_parameters(model)
         history = finetune(model, {"train": self.encoded["train"]}, settings, self.device)
         numbers = {"trained": trained, "seconds_per_step": history.seconds / len(history.losses)}
-        for name in judged(tuning):
+        for name in judged_parts(tuning):
             numbers[f"{name}_loss"], numbers[name] = self.judge(model, name)
         return numbers
 
@@ -92,12 +92,12 @@ class TextTask:
             model, self.windows["train"], settings, self.device, make_optimizer=lora_adamw
         )
         numbers = {"trained": trained, "seconds_per_step": history.seconds / settings.steps}
-        for name in judged(tuning):
+        for name in judged_parts(tuning):
             numbers[f"{name}_loss"] = mean_loss(model, self.windows[name], self.device)
         return numbers
 
 
-def judged(tuning):
+def judged_parts(tuning):
     """Return the names of the parts on which a run is judged: while rates are tuned, not the test part."""
     return ("validation",) if tuning else ("validation", "test")
 

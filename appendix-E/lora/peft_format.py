@@ -27,6 +27,7 @@ from lora.adapters import (
 from lora.files import check_low_rank, find_file, read_json, read_tensors, reading, write_whole, writing
 from lora.layers import adapted_layers, check_full, named_parts, plain_name
 from lora.peft_tensors import (
+    PEFT_NAMES,
     PEFT_TYPES,
     PREFIX,
     PROJECTIONS,
@@ -288,8 +289,8 @@ def import_peft(model, folder):
 def check_method(config):
     """Raise ValueError, naming it, for a method or setting of PEFT that cannot be read."""
     kind = config.get("peft_type")
-    if kind not in PEFT_TYPES.values():
-        raise ValueError(f"PEFT's {kind} adapter: only {', '.join(sorted({*PEFT_TYPES.values()}))} can be read")
+    if kind not in PEFT_NAMES:
+        raise ValueError(f"PEFT's {kind} adapter: only {', '.join(sorted(PEFT_NAMES))} can be read")
     known = PLAIN | OWN_SETTINGS.get(kind, set())
     for key, value in config.items():
         if value and key not in known and value not in PLAIN_VALUES.get(key, ()):
