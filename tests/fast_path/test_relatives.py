@@ -1,4 +1,4 @@
-"""LoRA's relatives on the fast path: packed as padded, prepared and restored, trained with their optimizer."""
+"""LoRA's relatives on the fast path: packed as padded, prepared, restored, trained with their optimizer."""
 
 import copy
 
