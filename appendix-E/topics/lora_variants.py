@@ -34,7 +34,7 @@ LOSS = "validation loss (nats)"
 
 
 @dataclass(frozen=True)
-class Contender:
+class Entry:
     """One relative of LoRA and its settings; the scale is alpha / rank."""
 
     title: str
@@ -53,16 +53,16 @@ class Contender:
 
 
 RELATIVES = (
-    Contender("LoRA", "lora"),
-    Contender("rsLoRA", "rslora"),
-    Contender("LoRA+", "lora+"),
-    Contender("LoRA-FA", "lora-fa"),
-    Contender("DoRA", "dora"),
-    Contender("PiSSA", "pissa"),
-    Contender("OLoRA", "olora"),
-    Contender("Delta-LoRA", "delta-lora", options={"start_step": 20}),
-    Contender("AdaLoRA", "adalora", rank=12, alpha=24.0, options={"target_rank": 8}),
-    Contender("VeRA", "vera", rank=256, alpha=1.0),
+    Entry("LoRA", "lora"),
+    Entry("rsLoRA", "rslora"),
+    Entry("LoRA+", "lora+"),
+    Entry("LoRA-FA", "lora-fa"),
+    Entry("DoRA", "dora"),
+    Entry("PiSSA", "pissa"),
+    Entry("OLoRA", "olora"),
+    Entry("Delta-LoRA", "delta-lora", options={"start_step": 20}),
+    Entry("AdaLoRA", "adalora", rank=12, alpha=24.0, options={"target_rank": 8}),
+    Entry("VeRA", "vera", rank=256, alpha=1.0),
 )
 
 
@@ -119,7 +119,7 @@ def gpt2_small():
     return model
 
 
-def count_trained(variant, rank, targets="all"):
+def count_in_gpt2_small(variant, rank, targets="all"):
     """Return (trained parameters, Σ in, Σ out, layers) of GPT-2 small with `variant` in `targets`."""
     model = apply_lora(gpt2_small(), rank, 1.0, targets, variant=variant)
     layers = [part for part in model.modules() if isinstance(part, LinearWithLoRA)]
@@ -184,7 +184,7 @@ def plot_ranks_left(table, rank):
 
 def plot_singular_values(weight, rank):
     """Return a Figure of the singular values of `weight`; the `rank` largest, PiSSA's, stand out."""
-    values = torch.linalg.svdvals(weight.detach().float()).cpu()
+    values = torch.linalg.svdvals(weight.detach().float()).tolist()
     fig, ax = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
     numbers = range(1, len(values) + 1)
     ax.bar(numbers[:rank], values[:rank], width=1, color=PALETTE["orange"], label="taken into A₀ and B₀")
@@ -274,7 +274,7 @@ def tabulate_costs(rows):
                 f"{row['checkpoint_bytes'] / 1e6:.3f}", f"{row['seconds_per_step']:.3f}",
                 f"{row['step_memory_bytes'] / 1e6:,.0f}",
             )))
-    index = pd.MultiIndex.from_tuples([*table], names=["model", "method"]) if table else None
+    index = pd.MultiIndex.from_arrays([*zip(*table)] or [[], []], names=["model", "method"])
     return pd.DataFrame([*table.values()], index=index, columns=columns)
 
 
@@ -293,8 +293,9 @@ def tabulate_results(spam, text, costs, model="tiny"):
             values = factor * group[column].astype(float)
             row[name] = f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
     results = pd.DataFrame(table).T
-    ours = costs.loc[model] if model in costs.index.get_level_values(0) else costs.iloc[:0]
-    return results.join(ours) if len(ours) else results
+    if model in costs.index.get_level_values("model"):
+        results = results.join(costs.loc[model])
+    return results.fillna("")
 
 
 @command
