@@ -20,8 +20,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 OUR_MODULES = (
     "ch04", "ch05", "gpt_download", "ch06", "appendix_e", "finetune_spam", "lora_in_practice",
     "film_reviews.reviews", "language_model.training", "topics.inside_lora", "topics.what_lora_buys",
-    "fetch_assets", "book_figures",
-)  # and, through these, book_assets, fast_path, lora and spam_classifier
+    "topics.lora_variants", "fetch_assets", "book_figures",
+)  # and, through these, book_assets, comparison, fast_path, lora and spam_classifier
 
 
 def read_requirements(path=REPOSITORY / "requirements.txt"):

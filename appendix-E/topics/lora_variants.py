@@ -144,9 +144,10 @@ def ranks_by_layer(model):
 def plot_first_updates(sizes):
     """Return a Figure of {scaling: {rank: size}}: the first update, relative to rank 1, over the rank."""
     fig, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
-    for (scaling, points), marker in zip(sizes.items(), "os^"):
+    for (scaling, points), marker, size in zip(sizes.items(), "os^", (11, 5, 6)):  # two may coincide
         first = next(iter(points.values()))
-        ax.plot([*points], [size / first for size in points.values()], marker=marker, label=scaling)
+        relative = [value / first for value in points.values()]
+        ax.plot([*points], relative, marker=marker, ms=size, label=scaling)
     ax.set_xscale("log", base=2)
     ax.set_xticks([*points], [*map(str, points)])
     ax.set(xlabel="rank", ylabel="first update, relative to rank 1", ylim=(0, None))
@@ -210,6 +211,14 @@ def finished_runs(rows, task, model="tiny", data="book", seeds=SEEDS):
     return pd.DataFrame([
         row for row in runs if row["title"] in titles and (row["tuning"] or row["seed"] in final)
     ])
+
+
+def at_the_edge(runs):
+    """Return the titles whose best rate is the lowest or highest that was tried: look further there."""
+    tuning = runs[runs["tuning"].astype(bool)]
+    tried = {title: group.to_dict("records") for title, group in tuning.groupby("title", sort=False)}
+    ends = {title: {f(row["rate"] for row in rows) for f in (min, max)} for title, rows in tried.items()}
+    return [title for title, rows in tried.items() if best_rate(rows) in ends[title]]
 
 
 def plot_rates(runs, reference="LoRA", label=LOSS):

@@ -17,11 +17,12 @@ SHARED = {"book_assets", "book_figures"}
 BELOW_SPAM_CLASSIFIER = {"lora", "fast_path", "appendix_e"} | CHAPTERS | SHARED
 BELOW_APPLICATIONS = {"spam_classifier"} | BELOW_SPAM_CLASSIFIER
 LAYERS = {  # from the top: each folder, or file of appendix-E or setup, and what it may import besides itself
-    "topics": {"film_reviews", "language_model"} | BELOW_APPLICATIONS,
+    "topics": {"comparison", "film_reviews", "language_model"} | BELOW_APPLICATIONS,
     "benchmark": BELOW_APPLICATIONS | {"finetune_spam"},  # measures it; nobody imports benchmark
     "lora_in_practice": BELOW_APPLICATIONS,
     "finetune_spam": BELOW_APPLICATIONS,
     "listings": CHAPTERS,
+    "comparison": {"film_reviews", "language_model"} | BELOW_APPLICATIONS,
     "spam_classifier": BELOW_SPAM_CLASSIFIER,
     "language_model": {"fast_path", "appendix_e"} | CHAPTERS | SHARED,
     "film_reviews": CHAPTERS | SHARED,

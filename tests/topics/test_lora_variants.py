@@ -220,6 +220,10 @@ def test_each_contender_has_a_panel_with_a_ring_at_the_rate_that_was_chosen():
         assert len(curve.get_xdata()) == len(RATES)
 
 
+def test_a_rate_at_an_end_of_the_grid_is_noticed():
+    assert lora_variants.at_the_edge(finished_runs(make_rows(), "spam")) == ["VeRA"]  # 1e-1 is the highest
+
+
 def test_a_difference_whose_interval_excludes_zero_is_orange():
     spam, text = (finished_runs(make_rows(task), task) for task in ("spam", "text"))
     fig = plot_differences({"points": (spam, "test", 100), "nats": (text, "test_loss", 1)})
