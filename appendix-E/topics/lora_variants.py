@@ -225,17 +225,18 @@ def plot_rates(runs, reference="LoRA", label=LOSS):
     """Return a Figure: validation loss over the learning rate, one panel per contender.
 
     The `reference` is grey in each panel, and a ring marks the rate that was chosen. Rates with which the
-    training diverged, or that are among the worst fifth, have no point.
+    training diverged have no point, and much higher losses are above the panel.
     """
     tuning = runs[runs["tuning"].astype(bool)]
     losses = tuning.groupby(["title", "rate"], sort=False)["validation_loss"].agg(
         lambda values: pd.to_numeric(values).mean(skipna=False))
     titles = [*dict.fromkeys(tuning["title"])]
-    lines, low, high = -(-len(titles) // 5), losses.min(), losses.quantile(0.8)
+    lines, low = -(-len(titles) // 5), losses.min()
+    high = low + 3 * (losses.median() - low)
     fig, axes = plt.subplots(
         lines, 5, figsize=(8, 0.5 + 1.7 * lines), sharex=True, sharey=True, layout="constrained",
         squeeze=False)
-    axes[0, 0].set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+    axes[0, 0].set_ylim(low - 0.1 * (high - low), high)
     for ax in axes.flat[len(titles):]:
         ax.axis("off")
     for ax, title in zip(axes.flat, titles):
