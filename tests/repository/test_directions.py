@@ -24,7 +24,6 @@ LAYERS = {  # from the top: each folder, or file of appendix-E or setup, and wha
     "lora_in_practice": BELOW_APPLICATIONS,
     "finetune_spam": BELOW_APPLICATIONS,
     "listings": CHAPTERS,
-    "comparison": {"film_reviews", "language_model"} | BELOW_APPLICATIONS,
     "spam_classifier": BELOW_SPAM_CLASSIFIER,
     "language_model": {"fast_path", "appendix_e"} | CHAPTERS | SHARED,
     "film_reviews": CHAPTERS | SHARED,
