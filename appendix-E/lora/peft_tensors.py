@@ -21,7 +21,7 @@ from lora.variants import D_INITIAL, digest_of
 from lora.wrappers import with_lora
 
 PREFIX = "base_model.model."
-NAMES = {  # ours: PEFT's, by its peft_type
+PEFT_NAMES = {  # ours: PEFT's, by its peft_type
     "LORA": {
         "A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector",
     },
@@ -30,7 +30,7 @@ NAMES = {  # ours: PEFT's, by its peft_type
     "ADALORA": {"A": "lora_A", "B": "lora_B", "E": "lora_E"},
 }
 PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
-KINDS = {"lora": "LORA", "embedding": "LORA", "dora": "LORA", "vera": "VERA", "adalora": "ADALORA"}
+PEFT_TYPES = {"lora": "LORA", "embedding": "LORA", "dora": "LORA", "vera": "VERA", "adalora": "ADALORA"}
 SAME_FILE = ("lora-fa",)  # trained otherwise than plain LoRA, but added in the same way
 PEFT_SCALINGS = {False: "alpha/rank", True: "alpha/sqrt(rank)"}  # by use_rslora
 PADDING = 1e-5  # PEFT's AdaLoRA divides by rank + this
@@ -43,7 +43,7 @@ def plain_adapter(adapter):
     """Return `adapter` with layers of LoRA, DoRA, VeRA or AdaLoRA only: others become LoRA of rank 2r."""
     starts = {
         name: settings for name, settings in adapter.layers.items()
-        if settings.get("variant", "lora") not in (*KINDS, *SAME_FILE)
+        if settings.get("variant", "lora") not in (*PEFT_TYPES, *SAME_FILE)
     }
     layers, tensors = {}, dict(full_tensors(adapter))
     factors = plain_factors(Adapter(starts, adapter.tensors))
@@ -90,7 +90,7 @@ def to_peft(adapter, name, layer):
         ones = (1,) * (layer.linear.weight.dim() - 2)
         turned["A"] = turned["A"].reshape(-1, *layer.linear.weight.shape[1:])
         turned["B"] = turned["B"].reshape(*turned["B"].shape, *ones)
-    names = NAMES.get(variant) or NAMES[KINDS[variant]]
+    names = PEFT_NAMES.get(variant) or PEFT_NAMES[PEFT_TYPES[variant]]
     return {f"{PREFIX}{name}.{names[n]}": tensor.contiguous() for n, tensor in turned.items()}
 
 
@@ -124,7 +124,7 @@ def adalora_config(adapter, first):
 def from_peft(config, key, tensor):
     """Return (layer, our name, tensor) of a tensor `key` of PEFT's; the layer is None if no branch has it."""
     name, kind = key.removeprefix(PREFIX).replace("_orig_mod.", ""), config["peft_type"]
-    known = [*NAMES[kind].items(), *(NAMES["embedding"].items() if kind == "LORA" else ())]
+    known = [*PEFT_NAMES[kind].items(), *(PEFT_NAMES["embedding"].items() if kind == "LORA" else ())]
     for ours, theirs in known:
         if name.endswith(f".{theirs}"):
             turned = tensor.flatten(1).T.contiguous() if ours in "AB" else tensor
@@ -136,7 +136,7 @@ def from_peft(config, key, tensor):
 
 def embeddings_of(keys):
     """Return the set of layers that `keys`, names of PEFT's tensors, show to be embeddings."""
-    ending = f".{NAMES['embedding']['A']}"
+    ending = f".{PEFT_NAMES['embedding']['A']}"
     return {key.removeprefix(PREFIX).removesuffix(ending) for key in keys if key.endswith(ending)}
 
 

@@ -9,7 +9,10 @@ import pytest
 from book_assets.table import REPOSITORY
 from notebooks import ABRIDGED, FRAME, all_cells, cells, definitions, source
 
-LORA = tuple(f"appendix-E/lora/{name}" for name in ("layers", "adapters", "files", "peft_format"))
+LORA = tuple(
+    f"appendix-E/lora/{name}"
+    for name in ("targets", "layers", "wrappers", "adapters", "files", "peft_format", "peft_tensors")
+)
 SPAM = ("appendix-E/spam_classifier/evaluation", "appendix-E/spam_classifier/experiments")
 MIRRORS = {  # notebook: the modules whose definitions it shows
     "ch04/ch04": ("ch04/ch04",),
@@ -18,6 +21,7 @@ MIRRORS = {  # notebook: the modules whose definitions it shows
     "appendix-E/appendix-E": ("appendix-E/appendix_e",),
     "appendix-E/topics/inside-lora": ("appendix-E/topics/inside_lora", *LORA),
     "appendix-E/topics/what-lora-buys": ("appendix-E/topics/what_lora_buys", *SPAM),
+    "appendix-E/topics/lora-variants": ("appendix-E/topics/lora_variants",),
 }
 
 # What is in a notebook alone, and why.
@@ -25,7 +29,7 @@ DRAWING = "draws or measures something in the notebook alone"
 TRY_OUT = "tries a definition out, in the notebook alone"
 NOTEBOOK_ONLY = {
     "count": TRY_OUT, "relative_change": DRAWING, "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
-    "LastRealToken": TRY_OUT, "spam_probability": DRAWING,
+    "LastRealToken": TRY_OUT, "spam_probability": DRAWING, "new_model": TRY_OUT,
 }
 
 BOOK_NAMES = {
@@ -49,9 +53,9 @@ SHARED_NAMES = {  # a chapter's own version under a name that an earlier chapter
     "main": "every script has one",
     "write_whole": "lora/ is copied into other projects without the assets' module",
     "REPOSITORY": "the set-up scripts run before anything is installed, on any Python",
+    "VARIANTS": "LoRA's relatives; chapter 6's are other ways to train its classifier",
+    "SEEDS": "chapter 6's comparison has three, appendix E's five",
 }
-
-
 
 
 def module_source(notebook):
