@@ -66,18 +66,23 @@ def apply_lora(
     model that already has LoRA. Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
     """
     require_plain(model)
-    settings = resolve_variant(variant, scaling, init=init, **options) | {"dropout": dropout}
+    settings = resolve_variant(variant, scaling, init=init, **options)
+    settings["dropout"] = dropout
     if split_qkv and settings["variant"] != "lora":
-        raise ValueError(f"split_qkv is for plain LoRA, not {settings['variant']}: leave one of them out")
+        raise ValueError(f"split_qkv is for plain LoRA, not {settings['variant']}")
     with attention_layers(model):
         full = find_modules(model, train_in_full)
         inside = check_full(model, full)
-        layers = {name: old for name, old in find_layers(model, targets).items() if old not in inside}
+        found = find_layers(model, targets).items()
+        layers = {name: old for name, old in found if old not in inside}
         if not layers:
-            raise ValueError("nothing is left for LoRA: add targets not in train_in_full")
-        check_layers(layers.values(), 1 if settings["variant"] == "vera" else rank, dropout)
+            raise ValueError("nothing is left for LoRA: train_in_full has all targets")
+        ranked = 1 if settings["variant"] == "vera" else rank
+        check_layers(layers.values(), ranked, dropout)
         new = {
-            old: with_lora(old, rank, alpha, **settings | own_parts(name, targets, split_qkv))
+            old: with_lora(
+                old, rank, alpha, **settings | own_parts(name, targets, split_qkv)
+            )
             for name, old in layers.items()
         }
         link_projections(layer.lora for layer in new.values())

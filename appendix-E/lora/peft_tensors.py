@@ -124,8 +124,8 @@ def adalora_config(adapter, first):
 def from_peft(config, key, tensor):
     """Return (layer, our name, tensor) of a tensor `key` of PEFT's; the layer is None if no branch has it."""
     name, kind = key.removeprefix(PREFIX).replace("_orig_mod.", ""), config["peft_type"]
-    known = [*PEFT_NAMES[kind].items(), *(PEFT_NAMES["embedding"].items() if kind == "LORA" else ())]
-    for ours, theirs in known:
+    embedding = PEFT_NAMES["embedding"].items() if kind == "LORA" else ()
+    for ours, theirs in (*PEFT_NAMES[kind].items(), *embedding):
         if name.endswith(f".{theirs}"):
             turned = tensor.flatten(1).T.contiguous() if ours in "AB" else tensor
             return name.removesuffix(f".{theirs}"), ours, turned

@@ -11,23 +11,26 @@ from torch import nn
 from lora.embedding_conv import CONVOLUTIONS
 from lora.wrappers import is_conv1d
 
-QKV = ("c_attn", "in_proj")  # query, key and value in one layer: of GPT-2, of torch's MultiheadAttention
+QKV = ("c_attn", "in_proj")  # GPT-2's and torch's query, key and value in one layer
 ROLES = {  # name endings here, in Llama, BERT and its kin, T5 and Hugging Face's GPT-2
-    "query": ("W_query", "query", "q_proj", "query_proj", "q_lin", "*Attention.q", *QKV),
+    "query": ("W_query", "query", "q_proj", "query_proj", "q_lin", "*Attention.q",
+              *QKV),
     "key": ("W_key", "key", "k_proj", "key_proj", "k_lin", "*Attention.k", *QKV),
-    "value": ("W_value", "value", "v_proj", "value_proj", "v_lin", "*Attention.v", *QKV),
+    "value": ("W_value", "value", "v_proj", "value_proj", "v_lin", "*Attention.v",
+              *QKV),
     "projection": ("out_proj", "o_proj", "out_lin", "attn.c_proj", "*Attention.o",
                    "attention.output.dense"),
     "mlp": ("ff.layers.[0-9]", "gate_proj", "up_proj", "down_proj", "fc[12]",
             "lin[12]", "wi", "wi_[01]", "wo", "mlp.c_fc", "mlp.c_proj",
             "intermediate.dense", "output.dense"),
-    "head": ("out_head", "lm_head", "score", "*classifier", "classification_head", "classifier.out_proj"),
+    "head": ("out_head", "lm_head", "score", "*classifier", "classification_head",
+             "classifier.out_proj"),
 }
 NOT_IN_ROLE = (
-    ("mlp", "attention.output.dense"),  # BERT's projection, although its MLP ends in output.dense
+    ("mlp", "attention.output.dense"),  # BERT's projection; its MLP is output.dense
     ("projection", "classifier.out_proj"),  # RoBERTa's head
 )
-KINDS = {"embedding": nn.Embedding, "conv": CONVOLUTIONS}
+LAYER_KINDS = {"embedding": nn.Embedding, "conv": CONVOLUTIONS}
 
 
 def plain_name(model, path):
@@ -62,7 +65,7 @@ def matches(name, target):
     """Return whether `target` selects the layer `name`.
 
     `target` is "all", a role of ROLES or a pattern: a path or its last components, with * for anything,
-    such as "W_query" or "trf_blocks.0.*". (KINDS are told by the layer, not by its name.)
+    such as "W_query" or "trf_blocks.0.*". (LAYER_KINDS are told by the layer, not by its name.)
     """
     for role, ending in NOT_IN_ROLE:
         if target == role and ends_with(name, ending):
@@ -75,14 +78,14 @@ def kind_of(module):
     """Return "linear", "embedding" or "conv" for a layer that can have LoRA, None for any other module."""
     if isinstance(module, nn.Linear) or is_conv1d(module):
         return "linear"
-    return next((kind for kind, classes in KINDS.items() if isinstance(module, classes)), None)
+    return next((kind for kind, classes in LAYER_KINDS.items() if isinstance(module, classes)), None)
 
 
 def selects(target, name, module):
     """Return whether `target` selects the layer `module`, called `name`: by its kind, or as in `matches`."""
-    if target in ("all", *ROLES, *KINDS):
-        kind = target if target in KINDS else "linear"
-        return kind_of(module) == kind and (target in KINDS or matches(name, target))
+    if target in ("all", *ROLES, *LAYER_KINDS):
+        kind = target if target in LAYER_KINDS else "linear"
+        return kind_of(module) == kind and (target in LAYER_KINDS or matches(name, target))
     return matches(name, target)
 
 
@@ -99,11 +102,12 @@ def find_layers(model, targets="all"):
     Raises ValueError for one that selects no layer.
     """
     layers, targets = layers_for_lora(model), as_tuple(targets)
+    known = ", ".join((*ROLES, *LAYER_KINDS))
     for target in targets:
         if not any(selects(target, name, module) for name, module in layers.items()):
             raise ValueError(
                 f"no layer of {type(model).__name__} for LoRA matches "
-                f"{target!r}: give all, {', '.join((*ROLES, *KINDS))} or a pattern "
+                f"{target!r}: give all, {known} or a pattern "
                 f"for names such as {', '.join([*layers][:3]) or '(none)'}"
             )
     return {
