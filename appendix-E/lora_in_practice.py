@@ -29,6 +29,7 @@ from fast_path.settings import HelpFormatter, TrainingSettings, add_flags, take_
 from lora.adapters import WEIGHTS_FILE, load_adapter, save_adapter
 from lora.layers import apply_lora, merge_lora, print_parameters, unmerge_lora
 from lora.memory_estimate import BODY, BYTES, GPT2_SHAPES, WHAT_TRAINS, estimate_memory, shape_of
+from lora.optimizer import lora_adamw
 from lora.peft_format import PEFT_SETTINGS, PEFT_WEIGHTS, export_peft, import_peft
 from spam_classifier.classifier import (
     CLASSES,
@@ -49,8 +50,8 @@ from spam_classifier.experiments import METHODS, compare, summary
 from spam_classifier.memory_check import build_random_classifier, measure_step
 
 __all__ = [
-    "apply_lora", "count_parameters", "export_peft", "import_peft", "load_adapter", "merge_lora",
-    "save_adapter", "unmerge_lora",
+    "apply_lora", "count_parameters", "export_peft", "import_peft", "load_adapter", "lora_adamw",
+    "merge_lora", "save_adapter", "unmerge_lora",
 ]
 
 

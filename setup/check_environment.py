@@ -19,9 +19,9 @@ from book_assets.command_line import command
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUR_MODULES = (
     "ch04", "ch05", "gpt_download", "ch06", "appendix_e", "finetune_spam", "lora_in_practice",
-    "film_reviews.reviews", "language_model.training", "topics.inside_lora", "topics.what_lora_buys",
-    "topics.lora_variants", "fetch_assets", "book_figures",
-)  # and, through these, book_assets, comparison, fast_path, lora and spam_classifier
+    "comparison.costs", "comparison.grid", "comparison.tasks", "topics.inside_lora", "topics.lora_variants",
+    "topics.what_lora_buys", "fetch_assets", "book_figures",
+)  # and, through these, the other rooms of appendix E and book_assets
 
 
 def read_requirements(path=REPOSITORY / "requirements.txt"):

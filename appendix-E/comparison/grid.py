@@ -7,6 +7,7 @@ that an interrupted comparison goes on where it stopped and several processes ca
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -20,23 +21,26 @@ from book_assets.files import append_line, check_outputs
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (1, 2, 3, 4, 5)
+DIVERGED = ("lower the learning rate", "has diverged")  # what the messages say
 
 
 def run_grid(task, contenders, output, rates=RATES, seeds=SEEDS, report=print):
     """Return the runs of all `contenders` on `task`, a DataFrame of one row per run; train what is missing.
 
     - `task`: has `about`, a dictionary for JSON, `tuning_seeds` to choose the rate with, and
-      `run(contender, rate, seed)`, which returns a dictionary of numbers, validation_loss among them, or
-      raises ValueError if the training diverges
+      `run(contender, rate, seed, tuning)`, which returns a dictionary of numbers, validation_loss among
+      them, or raises ValueError if the training diverges
     - `contenders`: dataclasses with a `title`
     - `output`: the file of finished runs, one line of JSON each
 
     A row also has title, rate, seed and "tuning", whether it serves only to choose the rate. Raises
-    ValueError for titles that occur twice, and if a contender diverges with every rate.
+    ValueError, before any training, for titles, rates or seeds that are none or occur twice, and if a
+    contender diverges with every rate.
     """
     titles = [each.title for each in contenders]
-    if len({*titles}) < len(titles) or not titles:
-        raise ValueError(f"the contenders' titles must be some, each of them once, not {titles}")
+    for name, values in (("contenders' titles", titles), ("rates", [*rates]), ("seeds", [*seeds])):
+        if not values or len({*values}) < len(values):
+            raise ValueError(f"the {name} must be some, each of them once, not {values}")
     check_outputs(output)
     rows = []
     for contender in contenders:
@@ -57,16 +61,24 @@ def find_or_run(task, contender, output, report, rate, seed, tuning):
     for row in read_rows(output):
         if key.items() <= row.items():
             return row
-    try:
-        numbers = task.run(contender, rate, seed)
-    except ValueError as error:
-        if "lower the learning rate" not in str(error):
-            raise
-        numbers = {"validation_loss": None, "diverged": str(error)}
+    numbers = run_once(task, contender, rate, seed, tuning)
     append_line(output, json.dumps(key | numbers, allow_nan=False))
     loss = numbers["validation_loss"]
     report(f"{task.about['task']}, {contender.title}, rate {rate:g}, seed {seed}: validation loss {loss}")
     return key | numbers
+
+
+def run_once(task, contender, rate, seed, tuning):
+    """Return the numbers of one training; if it diverges, no validation loss and the reason."""
+    try:
+        numbers = task.run(contender, rate, seed, tuning)
+    except ValueError as error:
+        if not any(words in str(error) for words in DIVERGED):
+            raise
+        return {"validation_loss": None, "diverged": str(error)}
+    if infinite := [name for name, value in numbers.items() if not math.isfinite(value)]:
+        return {"validation_loss": None, "diverged": f"{infinite[0]} is {numbers[infinite[0]]}"}
+    return numbers
 
 
 def read_rows(path):
@@ -74,8 +86,12 @@ def read_rows(path):
     if not Path(path).exists():
         return []
     with FileLock(f"{path}.lock"):  # not within another process's line
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+        lines = Path(path).read_bytes().splitlines()
+    rows = []
+    for line in lines:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def best_rate(rows):
@@ -97,13 +113,17 @@ def paired_differences(runs, column, reference):
     """Return {title: (mean, half width)} of the differences to `reference`, seed by seed, without the tuning.
 
     The half width is that of Student's 95 % interval, 0 for the reference and NaN for a single seed.
-    Raises ValueError if a contender lacks one of the reference's seeds.
+    Raises ValueError for a column or reference that the runs lack, and if a contender lacks one of the
+    reference's seeds.
     """
     final = runs[~runs["tuning"].astype(bool)]
+    titles = [*final["title"].unique()]
+    if column not in final or reference not in titles:
+        raise ValueError(f"the runs have no {column} of {reference}: their titles are {titles}")
     table = final.pivot_table(index="seed", columns="title", values=column, dropna=False, sort=False)
     if table.isna().any(axis=None):
         lacking = table.columns[table.isna().any()][0]
-        raise ValueError(f"{lacking} lacks a seed, or has diverged with it: run the comparison again")
+        raise ValueError(f"{lacking} lacks a seed, or has diverged with it: finish the runs or leave it out")
     differences = table.sub(table[reference], axis=0)
     return {title: (differences[title].mean(), half_width(differences[title])) for title in table}
 

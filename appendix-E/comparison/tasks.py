@@ -19,8 +19,8 @@ from lora.memory_estimate import BODY
 from lora.optimizer import lora_adamw
 from spam_classifier.classifier import build_classifier, context_length, encode_splits, finetune, load_splits
 
-WINDOW = 128  # tokens
-SIZES = {"train": 1000, "validation": 25, "test": 100}  # reviews
+TEXT_TOKENS = 128  # in each window
+REVIEWS = {"train": 1000, "validation": 25, "test": 100}
 
 
 class SpamTask:
@@ -38,19 +38,21 @@ class SpamTask:
             "epochs": self.settings.epochs, "batch_size": self.settings.batch_size,
         }
 
-    def run(self, contender, rate, seed):
-        """Train a new model; return its numbers: test is the accuracy, losses are in nats."""
+    def run(self, contender, rate, seed, tuning=False):
+        """Train a new model; return its numbers: test is the accuracy, losses are in nats.
+
+        `tuning` leaves the test messages out.
+        """
         settings = replace(self.settings, learning_rate=rate, seed=seed)
         model, _ = build_classifier(self.size, seed)
         torch.manual_seed(seed)
         contender.adapt(model, "all", "head")
         trained, _ = count_parameters(model)
         history = finetune(model, {"train": self.encoded["train"]}, settings, self.device)
-        validation, test = (self.judge(model, name) for name in ("validation", "test"))
-        return {
-            "trained": trained, "seconds_per_step": history.seconds / len(history.losses),
-            "validation_loss": validation[0], "test_loss": test[0], "test": test[1],
-        }
+        numbers = {"trained": trained, "seconds_per_step": history.seconds / len(history.losses)}
+        for name in judged_parts(tuning):
+            numbers[f"{name}_loss"], numbers[name] = self.judge(model, name)
+        return numbers
 
     def judge(self, model, name):
         """Return (mean loss in nats, accuracy) of the split `name`."""
@@ -67,17 +69,20 @@ class TextTask:
 
     def __init__(self, choice, device, settings=None, quick=False):
         self.size, self.device = choice.model_size(), device
-        self.settings = settings or TextSettings(steps=100, progress=False)
-        texts = load_texts(choice, {name: 4 if quick else size for name, size in SIZES.items()})
+        self.settings = settings or TextSettings(steps=100, batch_size=2, progress=False)
+        texts = load_texts(choice, {name: 4 if quick else size for name, size in REVIEWS.items()})
         tokenizer = get_tokenizer()
-        self.windows = {name: encode_windows(part, tokenizer, WINDOW)[0] for name, part in texts.items()}
+        self.windows = {name: encode_windows(part, tokenizer, TEXT_TOKENS)[0] for name, part in texts.items()}
         self.about = {
             "task": "text", "model": self.size, "data": choice.data, "quick": quick,
-            "steps": self.settings.steps, "batch_size": self.settings.batch_size, "tokens": WINDOW,
+            "steps": self.settings.steps, "batch_size": self.settings.batch_size, "tokens": TEXT_TOKENS,
         }
 
-    def run(self, contender, rate, seed):
-        """Train a new model; return its numbers: losses are in nats per token."""
+    def run(self, contender, rate, seed, tuning=False):
+        """Train a new model; return its numbers: losses are in nats per token.
+
+        `tuning` leaves the test reviews out.
+        """
         settings = replace(self.settings, learning_rate=rate, seed=seed)
         model, _ = load_language_model(self.size)
         torch.manual_seed(seed)
@@ -86,11 +91,15 @@ class TextTask:
         history = fit_text(
             model, self.windows["train"], settings, self.device, make_optimizer=lora_adamw
         )
-        return {
-            "trained": trained, "seconds_per_step": history.seconds / settings.steps,
-            "validation_loss": mean_loss(model, self.windows["validation"], self.device),
-            "test_loss": mean_loss(model, self.windows["test"], self.device),
-        }
+        numbers = {"trained": trained, "seconds_per_step": history.seconds / settings.steps}
+        for name in judged_parts(tuning):
+            numbers[f"{name}_loss"] = mean_loss(model, self.windows[name], self.device)
+        return numbers
+
+
+def judged_parts(tuning):
+    """Return the names of the parts on which a run is judged: while rates are tuned, not the test part."""
+    return ("validation",) if tuning else ("validation", "test")
 
 
 TASKS = {"spam": SpamTask, "text": TextTask}

@@ -33,7 +33,7 @@ from lora.wrappers import branch_from, put_tensors, settings_of, with_lora
 class Adapter:
     """What training has changed, with what is needed to load it."""
 
-    layers: dict  # {layer's name: {rank, alpha, scaling, dropout, and what a variant adds}}
+    layers: dict  # {layer's name: {rank, alpha, scaling, dropout, and a variant's own}}
     tensors: dict  # name.lora.A (in, rank), name.lora.B (rank, out), fully trained ones
     base: tuple = ()  # fingerprints of the base model, as it is and in float16
     notes: dict = field(default_factory=dict)  # anything for JSON
@@ -307,13 +307,19 @@ def combine_adapters(first, second, weights=(1.0, 1.0), full_from=None):
     tensors = dict(full[full_from or 0])
     parts = [plain_factors(adapter) for adapter in (first, second)]
     for name in {**first.layers, **second.layers}:
-        found = [(*part[name], w) for part, w in zip(parts, weights, strict=True) if name in part]
-        A = torch.cat([a for a, _, _ in found], dim=1)
-        B = torch.cat([w * b for _, b, w in found], dim=0)
+        found = [(w, *part[name]) for w, part in zip(weights, parts, strict=True) if name in part]
+        A, B = concatenate(found)
         layers[name] = {"rank": A.shape[1], "alpha": 1.0, "scaling": "alpha", "dropout": 0.0}
         tensors |= {f"{name}.lora.A": A, f"{name}.lora.B": B}
     check_finite(tensors, "give finite weights")
     return Adapter(layers, tensors, base)
+
+
+def concatenate(found):
+    """Return A (in, Σr) and B (Σr, out) with A B = Σ w · A_i B_i of the list `found` of (w, A_i, B_i)."""
+    A = torch.cat([A for _, A, _ in found], dim=1)
+    B = torch.cat([weight * B for weight, _, B in found], dim=0)
+    return A, B
 
 
 def plain_factors(adapter):

@@ -172,7 +172,8 @@ def apply_lora(
         raise ValueError("nothing is left for LoRA: add targets not in train_in_full")
     settings = resolve_variant(variant, scaling, init=init, **options)
     check_layers(layers, 1 if settings["variant"] == "vera" else rank, dropout)
-    new = {old: with_lora(old, rank, alpha, dropout=dropout, **settings) for old in layers}
+    settings["dropout"] = dropout
+    new = {old: with_lora(old, rank, alpha, **settings) for old in layers}
     link_projections(layer.lora for layer in new.values())
     freeze(model)
     swap(model, new)

@@ -27,7 +27,8 @@ from lora.adapters import (
 from lora.files import check_low_rank, find_file, read_json, read_tensors, reading, write_whole, writing
 from lora.layers import adapted_layers, check_full, named_parts, plain_name
 from lora.peft_tensors import (
-    KINDS,
+    PEFT_NAMES,
+    PEFT_TYPES,
     PREFIX,
     PROJECTIONS,
     adalora_config,
@@ -116,7 +117,7 @@ def peft_settings(model, adapter):
     adapted, kind = adapted_layers(model), type(named_parts(model)[""])
     variant, first = only_variant(adapter), next(iter(layers.values()))
     common = PEFT_DEFAULTS | {
-        "peft_type": KINDS[variant],
+        "peft_type": PEFT_TYPES[variant],
         "auto_mapping": {
             "base_model_class": kind.__name__,
             "parent_library": kind.__module__,
@@ -288,8 +289,8 @@ def import_peft(model, folder):
 def check_method(config):
     """Raise ValueError, naming it, for a method or setting of PEFT that cannot be read."""
     kind = config.get("peft_type")
-    if kind not in KINDS.values():
-        raise ValueError(f"PEFT's {kind} adapter: only {', '.join(sorted({*KINDS.values()}))} can be read")
+    if kind not in PEFT_NAMES:
+        raise ValueError(f"PEFT's {kind} adapter: only {', '.join(sorted(PEFT_NAMES))} can be read")
     known = PLAIN | OWN_SETTINGS.get(kind, set())
     for key, value in config.items():
         if value and key not in known and value not in PLAIN_VALUES.get(key, ()):

@@ -20,7 +20,7 @@ from lora.variants import D_INITIAL, digest_of
 from lora.wrappers import with_lora
 
 PREFIX = "base_model.model."
-NAMES = {  # ours: PEFT's, by its peft_type
+PEFT_NAMES = {  # ours: PEFT's, by its peft_type
     "LORA": {
         "A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector",
     },
@@ -28,7 +28,7 @@ NAMES = {  # ours: PEFT's, by its peft_type
     "ADALORA": {"A": "lora_A", "B": "lora_B", "E": "lora_E"},
 }
 PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
-KINDS = {"lora": "LORA", "dora": "LORA", "vera": "VERA", "adalora": "ADALORA"}
+PEFT_TYPES = {"lora": "LORA", "dora": "LORA", "vera": "VERA", "adalora": "ADALORA"}
 SAME_FILE = ("lora-fa",)  # trained otherwise than plain LoRA, but added in the same way
 PADDING = 1e-5  # PEFT's AdaLoRA divides by rank + this
 
@@ -40,7 +40,7 @@ def plain_adapter(adapter):
     """Return `adapter` with layers of LoRA, DoRA, VeRA or AdaLoRA only: others become LoRA of rank 2r."""
     starts = {
         name: settings for name, settings in adapter.layers.items()
-        if settings.get("variant", "lora") not in (*KINDS, *SAME_FILE)
+        if settings.get("variant", "lora") not in (*PEFT_TYPES, *SAME_FILE)
     }
     layers, tensors = {}, dict(full_tensors(adapter))
     factors = plain_factors(Adapter(starts, adapter.tensors))
@@ -82,7 +82,7 @@ def to_peft(adapter, name):
         factor = (settings["rank"] + PADDING) / settings["rank"]
         parts = {"A": parts["A"][:, kept], "B": parts["B"][kept], "E": factor * parts["E"][kept, None]}
     turned = {n: t.T if n in "AB" else t for n, t in parts.items()}
-    names = NAMES[KINDS[variant]]
+    names = PEFT_NAMES[PEFT_TYPES[variant]]
     return {f"{PREFIX}{name}.{names[n]}": tensor.contiguous() for n, tensor in turned.items()}
 
 
@@ -116,7 +116,7 @@ def adalora_config(adapter, first):
 def from_peft(config, key, tensor):
     """Return (layer, our name, tensor) of a tensor `key` of PEFT's; the layer is None if no branch has it."""
     name = key.removeprefix(PREFIX).replace("_orig_mod.", "")
-    for ours, theirs in NAMES[config["peft_type"]].items():
+    for ours, theirs in PEFT_NAMES[config["peft_type"]].items():
         if name.endswith(f".{theirs}"):
             turned = tensor.T.contiguous() if ours in "AB" else tensor
             return name.removesuffix(f".{theirs}"), ours, turned

@@ -101,8 +101,8 @@ class WithDoRA:
         if self.linear.bias is not None:
             base = base - self.linear.bias
         low = kept.to(lora.A.dtype) @ lora.A @ (lora.scale * lora.B)
-        ratio = lora.ratio(self.turn(self.linear.weight))
-        return y + ((ratio - 1) * base + ratio * low).to(y.dtype)
+        stretch = lora.ratio(self.turn(self.linear.weight)) - 1
+        return y + (stretch * (base + low) + low).to(y.dtype)  # keeps one product for the gradient
 
     def update(self, dtype=None):
         weight = self.turn(self.linear.weight)

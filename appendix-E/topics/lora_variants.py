@@ -24,6 +24,7 @@ from appendix_e import LinearWithLoRA, LoRALayer, count_parameters
 from book_assets import choose_assets
 from book_figures import PALETTE, TINTS
 from ch04 import GPT_CONFIG_124M, GPTModel, pick_device
+from comparison.costs import SHAPES, run_costs
 from comparison.grid import RATES, SEEDS, best_rate, paired_differences, run_grid
 from comparison.tasks import TASKS
 from lora.layers import adapted_layers, apply_lora
@@ -276,13 +277,13 @@ def plot_differences(panels, reference="LoRA"):
 
 def tabulate_costs(rows):
     """Return the rows of the task "costs" as a DataFrame of texts, a row per (model, title)."""
-    columns = ["checkpoint (MB)", "s/step", "step memory (MB)"]
+    columns = ["file (MB)", "s/step", "kept (MB)", "peak (MB)"]
     table = {}
     for row in rows:
         if row["task"] == "costs":
             table[row.get("model", "tiny"), row["title"]] = dict(zip(columns, (
                 f"{row['checkpoint_bytes'] / 1e6:.3f}", f"{row['seconds_per_step']:.3f}",
-                f"{row['step_memory_bytes'] / 1e6:,.0f}",
+                f"{row['kept_bytes'] / 1e6:,.0f}", f"{row['step_memory_bytes'] / 1e6:,.0f}",
             )))
     index = pd.MultiIndex.from_arrays([*zip(*table)] or [[], []], names=["model", "method"])
     return pd.DataFrame([*table.values()], index=index, columns=columns)
@@ -313,7 +314,8 @@ def main(arguments=None):
     """Train every contender on one task, see --help."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_assets_flag(parser)
-    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--task", choices=(*TASKS, "costs"), required=True)
+    parser.add_argument("--model", choices=SHAPES, default="tiny", help="shape, for the costs")
     parser.add_argument("--output", type=Path, default=RUNS, help="file of finished runs")
     titles = [each.title for each in RELATIVES]
     parser.add_argument("--only", nargs="+", choices=titles, help="these alone")
@@ -321,8 +323,11 @@ def main(arguments=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the comparison")
     parser.add_argument("--quick", action="store_true", help="a few messages or reviews")
     args = parser.parse_args(arguments)
-    task = TASKS[args.task](args.assets or choose_assets("embedded"), pick_device(), quick=args.quick)
     chosen = [each for each in RELATIVES if not args.only or each.title in args.only]
+    if args.task == "costs":
+        run_costs(chosen, args.output, args.model)
+        return
+    task = TASKS[args.task](args.assets or choose_assets("embedded"), pick_device(), quick=args.quick)
     run_grid(task, chosen, args.output, args.rates, seeds=args.seeds)
 
 

@@ -6,6 +6,9 @@ from torch import nn
 
 from appendix_e import LinearWithLoRA
 from fast_path.linears import AdaptedLinears, adapted_linears
+from lora.variants import link_projections
+from lora.wrappers import BRANCHES, with_lora
+from models import train_a_little
 
 
 def adapted(out_features, rank, **options):
@@ -69,3 +72,71 @@ def test_other_layers_are_called_as_they_are(other):
     torch.manual_seed(1)
     result = adapted_linears([layer], x)[0]
     assert torch.equal(result, expected) and "AdaptedLinears" not in type(result.grad_fn).__name__
+
+
+# LoRA's relatives
+
+
+def relative(variant, out_features=4, rank=2):
+    torch.manual_seed(rank)
+    layer = with_lora(nn.Linear(6, out_features).requires_grad_(False), rank, 2.0, variant=variant)
+    link_projections([layer.lora])
+    layer.lora.attached = True  # as the optimizer of a training does
+    return train_a_little(layer)
+
+
+def trained_parts(layers):
+    return [p for layer in layers for p in layer.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("variants", [
+    *([variant] for variant in BRANCHES), ["lora-fa", "lora-fa"], ["lora", "lora-fa", "lora"],
+    ["lora", "dora", "vera"],
+])
+def test_outputs_and_gradients_of_every_variant_are_the_layers_own(variants):
+    layers = [relative(variant, 4 + n, 2 + n) for n, variant in enumerate(variants)]
+    x = torch.randn(7, 6, requires_grad=True)
+    slow, fast = [layer(x) for layer in layers], adapted_linears(layers, x)
+    torch.testing.assert_close(list(fast), slow)
+    tensors = [x, *trained_parts(layers)]
+    torch.testing.assert_close(gradients(fast, tensors), gradients(slow, tensors), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", BRANCHES)
+def test_under_autocast_every_variant_gives_the_layers_own_result(variant):
+    layer, x = relative(variant), torch.randn(7, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        slow, fast = [layer(x).float()], [adapted_linears([layer], x)[0].float()]
+    tensors = trained_parts([layer])
+    torch.testing.assert_close(fast[0], slow[0], atol=0.1, rtol=0.1)
+    torch.testing.assert_close(gradients(fast, tensors), gradients(slow, tensors), atol=0.3, rtol=0.1)
+
+
+def saved_for_backward(layers, x):
+    """Return the tensors that autograd keeps of `adapted_linears`."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        adapted_linears(layers, x)
+    return kept
+
+
+@pytest.mark.parametrize(("variants", "keeps_x"), [
+    (["lora-fa"], False), (["lora-fa", "lora-fa"], False), (["lora"], True), (["lora-fa", "lora"], True),
+])
+def test_the_input_is_kept_only_if_an_a_is_trained(variants, keeps_x):
+    x = torch.randn(50, 6)
+    kept = saved_for_backward([relative(variant) for variant in variants], x)
+    of_tokens = [t for t in kept if t.shape[0] == 50]
+    assert any(t.data_ptr() == x.data_ptr() for t in of_tokens) == keeps_x
+    assert sum(t.shape[1] for t in of_tokens) == 2 * len(variants) + 6 * keeps_x  # x A, and x
+
+
+def test_the_gradient_of_lora_fa_agrees_with_finite_differences():
+    layer = relative("lora-fa").double()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+
+    def product(x, B):
+        inner, lora = layer.linear, layer.lora
+        return AdaptedLinears.apply(x, [inner.weight], [inner.bias], [lora.scale], lora.A, B)
+
+    assert torch.autograd.gradcheck(product, (x, layer.lora.B))

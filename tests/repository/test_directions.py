@@ -16,13 +16,14 @@ CHAPTERS = {"ch06", "ch05", "ch04"}
 SHARED = {"book_assets", "book_figures"}
 BELOW_SPAM_CLASSIFIER = {"lora", "fast_path", "appendix_e"} | CHAPTERS | SHARED
 BELOW_APPLICATIONS = {"spam_classifier"} | BELOW_SPAM_CLASSIFIER
+BELOW_COMPARISON = {"film_reviews", "language_model"} | BELOW_APPLICATIONS
 LAYERS = {  # from the top: each folder, or file of appendix-E or setup, and what it may import besides itself
-    "topics": {"comparison", "film_reviews", "language_model"} | BELOW_APPLICATIONS,
+    "topics": {"comparison"} | BELOW_COMPARISON,
+    "comparison": BELOW_COMPARISON,
     "benchmark": BELOW_APPLICATIONS | {"finetune_spam"},  # measures it; nobody imports benchmark
     "lora_in_practice": BELOW_APPLICATIONS,
     "finetune_spam": BELOW_APPLICATIONS,
     "listings": CHAPTERS,
-    "comparison": {"film_reviews", "language_model"} | BELOW_APPLICATIONS,
     "spam_classifier": BELOW_SPAM_CLASSIFIER,
     "language_model": {"fast_path", "appendix_e"} | CHAPTERS | SHARED,
     "film_reviews": CHAPTERS | SHARED,

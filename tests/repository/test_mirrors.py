@@ -9,7 +9,10 @@ import pytest
 from book_assets.table import REPOSITORY
 from notebooks import ABRIDGED, FRAME, all_cells, cells, definitions, source
 
-LORA = tuple(f"appendix-E/lora/{name}" for name in ("layers", "adapters", "files", "peft_format"))
+LORA = tuple(
+    f"appendix-E/lora/{name}"
+    for name in ("layers", "wrappers", "adapters", "files", "peft_format", "peft_tensors")
+)
 SPAM = ("appendix-E/spam_classifier/evaluation", "appendix-E/spam_classifier/experiments")
 MIRRORS = {  # notebook: the modules whose definitions it shows
     "ch04/ch04": ("ch04/ch04",),
@@ -50,9 +53,9 @@ SHARED_NAMES = {  # a chapter's own version under a name that an earlier chapter
     "main": "every script has one",
     "write_whole": "lora/ is copied into other projects without the assets' module",
     "REPOSITORY": "the set-up scripts run before anything is installed, on any Python",
+    "VARIANTS": "LoRA's relatives; chapter 6's are other ways to train its classifier",
+    "SEEDS": "chapter 6's comparison has three, appendix E's five",
 }
-
-
 
 
 def module_source(notebook):

@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import ch06
 import lora_in_practice
 from lora.adapters import read_adapter
 from lora.layers import adapted_layers
+from lora.peft_format import import_peft
 from lora_in_practice import main
 from spam_classifier import classifier
 from spam_classifier.classifier import LoRASettings, classify, load_classifier_adapter
@@ -47,6 +49,43 @@ def test_finetune_writes_an_adapter_that_every_command_reads(capsys, monkeypatch
     ids = torch.arange(12)[None]
     assert not adapted_layers(merged) and max_length is None  # read at the last token, not at padding
     torch.testing.assert_close(merged(ids), model(ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("names", [
+    ["dora"], ["dora", "lora+"], ["rslora", "lora-fa"], ["vera"], ["adalora"], ["pissa", "rslora"],
+    ["olora"], ["delta-lora"],
+], ids=" ".join)
+def test_an_adapter_of_a_variant_says_so_and_every_command_reads_it(names, capsys):
+    run_finetune(capsys, "--variant", *names)
+    adapter = read_adapter("adapter")
+    assert adapter.notes["settings"]["variant"] == names
+    branch = {settings.get("variant", "lora") for settings in adapter.layers.values()}
+    assert branch == {next(name for name in names if name not in ("lora+", "rslora"))}
+    main(["classify", "win a prize now"])
+    main(["evaluate"])
+    assert "row true, column predicted" in capsys.readouterr().out
+    main(["merge"])
+    model, _, _ = load_classifier_adapter("adapter", CPU)
+    ids = torch.arange(12)[None]
+    merged, _ = ch06.load_classifier("classifier.pth")
+    torch.testing.assert_close(merged(ids), model(ids), atol=1e-5, rtol=1e-5)
+    main(["export-peft"])
+    back = import_peft(classifier.build_classifier("124M")[0], "adapter-peft").eval()
+    torch.testing.assert_close(back(ids), model(ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    (["dora", "vera"], "error: dora and vera are two branches for one layer: choose one"),
+    (["lora+", "lora-fa"], "error: lora-fa with lora+: LoRA-FA trains B alone"),
+    (["vera", "rslora"], "error: vera with rslora: "),
+    (["rslora", "--scaling", "alpha/rank"], "error: rslora means scaling="),
+    (["delta-lora", "--dropout", "0.1"], "error: Delta-LoRA has no dropout"),
+])
+def test_variants_that_make_no_sense_together_are_one_line_and_no_adapter(names, message):
+    with pytest.raises(SystemExit) as end:
+        main(["finetune", "--rank", "2", "--variant", *names])
+    assert end.value.code.startswith(message) and "\n" not in end.value.code
+    assert not Path("adapter", "lora.safetensors").exists()
 
 
 def test_the_fast_paths_options_reach_the_training(capsys, monkeypatch):

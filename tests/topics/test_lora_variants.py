@@ -66,7 +66,7 @@ def make_rows(task="spam", titles=TITLES):
 
 COSTS = [
     {"task": "costs", "model": model, "title": title, "seconds_per_step": 0.05, "step_memory_bytes": 8e7,
-     "checkpoint_bytes": 67_000}
+     "kept_bytes": 7.1e7, "checkpoint_bytes": 67_000}
     for model, title in (("tiny", "LoRA"), ("124M", "LoRA"), ("124M", "LoRA-FA"))
 ]
 
@@ -106,7 +106,7 @@ def test_the_command_gives_the_chosen_contenders_to_the_task_with_rates_and_seed
         def __init__(self, choice, device, quick):
             self.about = {"task": "made up", "data": choice.data, "quick": quick}
 
-        def run(self, contender, rate, seed):
+        def run(self, contender, rate, seed, tuning):
             self.runs.append((contender.title, rate, seed))
             return {"validation_loss": rate}
 
@@ -191,7 +191,7 @@ def test_other_tasks_models_and_seeds_are_left_out():
 def test_costs_are_read_per_model_and_need_not_be_there():
     table = tabulate_costs([*make_rows(), *COSTS])
     assert [*table.index] == [("tiny", "LoRA"), ("124M", "LoRA"), ("124M", "LoRA-FA")]
-    assert [*table.loc["tiny", "LoRA"]] == ["0.067", "0.050", "80"]
+    assert [*table.loc["tiny", "LoRA"]] == ["0.067", "0.050", "71", "80"]
     assert tabulate_costs(make_rows()).empty
 
 
@@ -200,7 +200,7 @@ def test_results_stand_beside_the_costs_and_gaps_are_empty():
     text = finished_runs(make_rows("text", TITLES[:2]), "text")
     table = tabulate_results(spam, text, tabulate_costs(COSTS))
     assert [*table.index] == [*TITLES]
-    assert table.loc["LoRA", "spam (%)"] == "96.0 ± 3.2" and table.loc["LoRA", "step memory (MB)"] == "80"
+    assert table.loc["LoRA", "spam (%)"] == "96.0 ± 3.2" and table.loc["LoRA", "peak (MB)"] == "80"
     assert table.loc["VeRA", "text (nats)"] == table.loc["DoRA", "s/step"] == ""
     assert "s/step" not in tabulate_results(spam, text, tabulate_costs([]))
 
