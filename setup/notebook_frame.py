@@ -30,6 +30,7 @@ ORDER = {  # in reading order: notebook: (title, module)
     "appendix-E/topics/what-lora-buys.ipynb": (
         "What LoRA buys", "appendix-E/topics/what_lora_buys.py",
     ),
+    "appendix-E/topics/lora-variants.ipynb": ("LoRA's relatives", "appendix-E/topics/lora_variants.py"),
 }
 FIRST_CELL = """\
 # In Colab: get the repository and its packages. Elsewhere: check that they are there.

@@ -1,11 +1,11 @@
-"""What a training step costs: seconds and memory, at gpt2-tiny's shape and at GPT-2 small's, one row each.
+"""What a training step costs, in seconds and memory, at gpt2-tiny's shape and at GPT-2 small's.
 
 Run it with nothing else running. Memory is counted tensor by tensor, so it is the same on every CPU.
 """
 
 import json
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +15,7 @@ from appendix_e import count_parameters
 from book_assets.files import append_line, check_outputs
 from ch04 import GPT_CONFIG_124M, GPTModel
 from ch06 import add_classification_head
+from comparison.grid import read_rows
 from fast_path.packed_model import last_token_logits
 from fast_path.settings import TrainingSettings
 from fast_path.training import fit, prepare
@@ -26,7 +27,7 @@ from pretrain_tiny import TINY_CONFIG
 from spam_classifier.experiments import step_memory
 from spam_classifier.memory_check import CPU
 
-SHAPES = {"gpt2-tiny": TINY_CONFIG, "GPT-2 small": {**GPT_CONFIG_124M, "drop_rate": 0.0, "qkv_bias": True}}
+SHAPES = {"tiny": TINY_CONFIG, "GPT-2 small": {**GPT_CONFIG_124M, "drop_rate": 0.0, "qkv_bias": True}}
 MESSAGES, TOKENS = 8, 128
 SETTINGS = TrainingSettings(
     epochs=1, batch_size=MESSAGES, precision="float32", progress=False, max_tokens=MESSAGES * TOKENS, seed=1
@@ -82,30 +83,36 @@ def adapter_bytes(contender, config):
         return Path(folder, WEIGHTS_FILE).stat().st_size
 
 
-def run_costs(contenders, output, shapes=SHAPES, rounds=3, steps=4, report=print):
-    """Measure every contender at every shape; add the rows to the file `output` and return them.
+def run_costs(contenders, output, model="tiny", rounds=3, steps=4, report=print):
+    """Measure every contender at the shape `model`, a key of SHAPES; add the rows to the file `output`.
 
-    Seconds are the median of `rounds`, in each of which all contenders take their turn.
+    Seconds are the median of `rounds`, in each of which all contenders take their turn. Returns the rows; a
+    contender whose row the file contains is not measured again.
     """
     check_outputs(output)
-    rows = []
-    for shape, config in shapes.items():
-        times = {each.title: [] for each in contenders}
-        for _ in range(rounds):
-            for each in contenders:
-                times[each.title].append(time_step(each, config, steps))
-        for each in contenders:
-            model = build_adapted(each, config)
-            row = {"task": "costs", "shape": shape, "tokens": MESSAGES * TOKENS, **asdict(each)}
-            row["threads"] = torch.get_num_threads()
-            row["trained"] = count_parameters(model)[0]
-            row["seconds_per_step"] = median(times[each.title])
-            row["kept_bytes"] = kept_for_backward(each, config)
-            row["step_memory_bytes"] = step_memory(
-                model, {"train": draw_messages(config, 1)}, replace(SETTINGS, epochs=1), CPU
-            )
-            row["adapter_bytes"] = adapter_bytes(each, config)
-            append_line(output, json.dumps(row))
-            report(f"{shape}, {each.title}: {row['seconds_per_step']:.3f} s per step")
-            rows.append(row)
-    return rows
+    config, rows = SHAPES[model], [row for row in read_rows(output) if row["task"] == "costs"]
+    done = {row["title"]: row for row in rows if row["model"] == model}
+    missing = [each for each in contenders if each.title not in done]
+    times = {each.title: [] for each in missing}
+    for _ in range(rounds):
+        for each in missing:
+            times[each.title].append(time_step(each, config, steps))
+    for each in missing:
+        row = {
+            "task": "costs", "model": model, "tokens": MESSAGES * TOKENS, "threads": torch.get_num_threads(),
+            **asdict(each), "seconds_per_step": median(times[each.title]), **measure_memory(each, config),
+        }
+        append_line(output, json.dumps(row))
+        report(f"{model}, {each.title}: {row['seconds_per_step']:.3f} s per step")
+        done[each.title] = row
+    return [done[each.title] for each in contenders]
+
+
+def measure_memory(contender, config):
+    """Return trained parameters, and bytes: kept for backward, peak of a step, saved adapter."""
+    model = build_adapted(contender, config)
+    return {
+        "trained": count_parameters(model)[0], "kept_bytes": kept_for_backward(contender, config),
+        "step_memory_bytes": step_memory(model, {"train": draw_messages(config, 1)}, SETTINGS, CPU),
+        "checkpoint_bytes": adapter_bytes(contender, config),
+    }

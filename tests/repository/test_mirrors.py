@@ -21,6 +21,7 @@ MIRRORS = {  # notebook: the modules whose definitions it shows
     "appendix-E/appendix-E": ("appendix-E/appendix_e",),
     "appendix-E/topics/inside-lora": ("appendix-E/topics/inside_lora", *LORA),
     "appendix-E/topics/what-lora-buys": ("appendix-E/topics/what_lora_buys", *SPAM),
+    "appendix-E/topics/lora-variants": ("appendix-E/topics/lora_variants",),
 }
 
 # What is in a notebook alone, and why.
@@ -28,7 +29,7 @@ DRAWING = "draws or measures something in the notebook alone"
 TRY_OUT = "tries a definition out, in the notebook alone"
 NOTEBOOK_ONLY = {
     "count": TRY_OUT, "relative_change": DRAWING, "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
-    "LastRealToken": TRY_OUT, "spam_probability": DRAWING,
+    "LastRealToken": TRY_OUT, "spam_probability": DRAWING, "new_model": TRY_OUT,
 }
 
 BOOK_NAMES = {
