@@ -64,7 +64,8 @@ class RankAllocation:
         self.branches = [branch for branch in found if branch.E.requires_grad]
         if not (is_number(orthogonality) and 0 <= orthogonality < math.inf):
             raise ValueError(f"orthogonality must be a number from 0, not {orthogonality!r}")
-        if len(smoothing := tuple(smoothing)) != 2 or not all(is_number(b) and 0 <= b < 1 for b in smoothing):
+        pair = smoothing if isinstance(smoothing, (list, tuple)) else ()
+        if len(pair) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in pair):
             raise ValueError(f"smoothing must be two numbers in [0, 1), not {smoothing!r}")
         warmup = total_steps // 10 if warmup is None else warmup
         final = total_steps * 3 // 10 if final is None else final
@@ -117,7 +118,7 @@ class RankAllocation:
 
 
 def leaves_out(optimizer):
-    """Return whether this step of a fused optimizer changes nothing, after an infinite gradient in float16."""
+    """Return whether this step of a fused optimizer changes nothing: a gradient in fp16 was infinite."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 

@@ -301,7 +301,7 @@ def check_method(config):
     start = config.get("init_lora_weights")
     other = kind != "LORA" or config.get("use_dora") or (start == "olora" and config.get("fan_in_fan_out"))
     if start in STARTS and other:
-        raise ValueError(f"PEFT's {start} cannot be read here, in other methods or Conv1D: merge it with PEFT")
+        raise ValueError(f"PEFT's {start} cannot be read here, with others or in Conv1D: merge it with PEFT")
 
 
 def adapter_from_peft(config, tensors, linear):

@@ -148,7 +148,8 @@ def all_ranks(config, layer, parts):
     E = E.flatten()
     pattern = {k.removeprefix(PREFIX): v for k, v in (config.get("rank_pattern") or {}).items()}
     kept = torch.tensor([*map(bool, pattern.get(f"{layer}.lora_E") or [True] * len(E))])
-    if not A.shape[1:] == B.shape[:1] == E.shape == (int(kept.sum()),) or len(kept) != (rank := config["init_r"]):
+    rank, count = config["init_r"], int(kept.sum())
+    if not A.shape[1:] == B.shape[:1] == E.shape == (count,) or len(kept) != rank:
         raise ValueError(f"{layer}: its tensors have other ranks than init_r and rank_pattern")
     whole = {"A": A.new_zeros(len(A), rank), "B": B.new_zeros(rank, *B.shape[1:]), "E": E.new_zeros(rank)}
     whole["A"][:, kept], whole["B"][kept], whole["E"][kept] = A, B, E * (rank / (rank + PADDING))
