@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
@@ -201,6 +202,8 @@ def test_results_stand_beside_the_costs_and_gaps_are_empty():
     table = tabulate_results(spam, text, tabulate_costs(COSTS))
     assert [*table.index] == [*TITLES]
     assert table.loc["LoRA", "spam (%)"] == "96.0 ± 3.2" and table.loc["LoRA", "peak (MB)"] == "80"
+    losses = text[(text["title"] == "LoRA") & ~text["tuning"].astype(bool)]["test_loss"]
+    assert table.loc["LoRA", "perplexity"].startswith(f"{np.exp(losses.astype(float)).mean():.1f}")
     assert table.loc["VeRA", "text (nats)"] == table.loc["DoRA", "s/step"] == ""
     assert "s/step" not in tabulate_results(spam, text, tabulate_costs([]))
 
