@@ -218,7 +218,7 @@ def test_each_contender_has_a_panel_with_a_ring_at_the_rate_that_was_chosen():
     assert [ax.get_title() for ax in axes] == [*TITLES]
     for place, ax in enumerate(axes):
         grey, curve, ring = ax.lines
-        assert grey.get_ydata()[2] == 1.0  # LoRA's, at 1e-3
+        assert grey.get_ydata()[RATES.index(1e-3)] == 1.0  # LoRA's
         assert ring.get_xdata()[0] == pytest.approx(1e-3 * 10**place) and ring.get_ydata()[0] == 1.0
         assert len(curve.get_xdata()) == len(RATES)
 
