@@ -19,7 +19,7 @@ from scipy.stats import t as student
 
 from book_assets.files import append_line, check_outputs
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (1, 2, 3, 4, 5)
 DIVERGED = ("lower the learning rate", "has diverged")  # what the messages say
 

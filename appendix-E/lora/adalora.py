@@ -3,10 +3,12 @@
 Source: Zhang et al. 2023, https://arxiv.org/abs/2303.10512, as PEFT 0.21 computes it.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from appendix_e import is_number
 from lora.variants import AdaLoRALayer
 
 
@@ -22,6 +24,8 @@ class Budget:
     every: int = 1  # steps from one allocation to the next
 
     def __post_init__(self):
+        if any(type(count) is not int for count in vars(self).values()):
+            raise ValueError(f"AdaLoRA's schedule must be of whole numbers of steps, not {vars(self)}")
         if not 0 <= self.warmup < self.total_steps - self.final or self.final < 0 or self.every < 1:
             raise ValueError(
                 f"AdaLoRA cannot lower its ranks in {self.total_steps} steps with {self.warmup} before and "
@@ -48,14 +52,21 @@ class RankAllocation:
     - `smoothing`: the two coefficients β₁, β₂ of the importance's moving averages
     - `orthogonality`: weight of the mean ‖A Aᵀ − I‖ that keeps the ranks' directions apart
 
-    Raises ValueError for a schedule without room for the budget to fall.
+    Layers whose E does not train keep their ranks. Raises ValueError for a schedule without room for the
+    budget to fall, and for coefficients out of range.
     """
 
     def __init__(
         self, model, total_steps, *, warmup=None, final=None, every=1, smoothing=(0.85, 0.85),
         orthogonality=0.5,
     ):
-        self.branches = [part for part in model.modules() if isinstance(part, AdaLoRALayer)]
+        found = [part for part in model.modules() if isinstance(part, AdaLoRALayer)]
+        self.branches = [branch for branch in found if branch.E.requires_grad]
+        if not (is_number(orthogonality) and 0 <= orthogonality < math.inf):
+            raise ValueError(f"orthogonality must be a number from 0, not {orthogonality!r}")
+        pair = smoothing if isinstance(smoothing, (list, tuple)) else ()
+        if len(pair) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in pair):
+            raise ValueError(f"smoothing must be two numbers in [0, 1), not {smoothing!r}")
         warmup = total_steps // 10 if warmup is None else warmup
         final = total_steps * 3 // 10 if final is None else final
         ranks = sum(branch.rank for branch in self.branches)
@@ -69,7 +80,7 @@ class RankAllocation:
     def attach(self, optimizer):
         """Let every step of `optimizer` call `before` and `after`."""
         optimizer.register_step_pre_hook(lambda optimizer, *_: self.before(optimizer))
-        optimizer.register_step_post_hook(lambda *_: self.after())
+        optimizer.register_step_post_hook(lambda optimizer, *_: leaves_out(optimizer) or self.after())
         for branch in self.branches:
             branch.attached = True
 
@@ -79,7 +90,8 @@ class RankAllocation:
         with torch.enable_grad():
             penalty = self.orthogonality * sum(map(distance_from_orthogonal, factors)) / len(factors)
         scale = getattr(optimizer, "grad_scale", None)  # fp16: gradients that the optimizer divides itself
-        (penalty if scale is None else penalty * scale).backward()
+        if penalty.requires_grad:
+            (penalty if scale is None else penalty * scale).backward()
 
     @torch.no_grad()
     def after(self):
@@ -103,6 +115,12 @@ class RankAllocation:
         scores = [importance(averages) for averages in self.averages]
         threshold = torch.cat(scores).sort().values[max(self.budget.first - budget - 1, 0)]
         return [score > threshold if budget < self.budget.first else score >= threshold for score in scores]
+
+
+def leaves_out(optimizer):
+    """Return whether this step of a fused optimizer changes nothing: a gradient in fp16 was infinite."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def distance_from_orthogonal(factor):

@@ -5,7 +5,7 @@ import math
 import torch
 
 from appendix_e import LinearWithLoRA, is_number
-from lora.adalora import RankAllocation
+from lora.adalora import RankAllocation, leaves_out
 from lora.variants import AdaLoRALayer, DeltaLoRALayer, Relative
 
 
@@ -20,20 +20,26 @@ def lora_adamw(model, learning_rate, *, ratio=None, total_steps=None, allocation
     - `options`: AdamW's, for example weight_decay
 
     Whoever trains a variant calls it: its step also lowers AdaLoRA's ranks and counts Delta-LoRA's steps.
-    Raises ValueError if nothing requires a gradient, for a `ratio` without a trained A and B, and for
-    AdaLoRA without `total_steps`. Source of the two rates: Hayou et al. 2024,
+    What they count is not in the optimizer's state_dict, so such a training cannot be resumed half-way.
+    Raises ValueError if nothing requires a gradient, for a learning rate below 0, for a `ratio` without a
+    trained A and B, and for AdaLoRA without `total_steps`. Source of the two rates: Hayou et al. 2024,
     https://arxiv.org/abs/2402.12354.
     """
     layers = [part for part in model.modules() if isinstance(part, LinearWithLoRA)]
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("nothing is to be trained: call apply_lora first")
+    if not isinstance(learning_rate, torch.Tensor) and not is_number(learning_rate):
+        raise ValueError(f"learning_rate must be a number from 0, not {learning_rate!r}")
+    if not 0 <= learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be a number from 0, not {learning_rate!r}")
     rates = rates_of_B(layers, ratio)
     groups = {}
     for parameter in trained:
         groups.setdefault(rates.get(parameter, 1.0), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": group, "lr": factor * learning_rate} for factor, group in groups.items()], **options
+        [{"params": group, "lr": factor * learning_rate} for factor, group in groups.items()],
+        lr=learning_rate, **options,
     )
     follow_steps(model, optimizer, total_steps, allocation)
     return optimizer
@@ -41,8 +47,12 @@ def lora_adamw(model, learning_rate, *, ratio=None, total_steps=None, allocation
 
 def rates_of_B(layers, ratio):
     """Return {B: its learning rate by that of the rest}; raise ValueError where there is no such rate."""
+    if ratio not in (None, 1) and not layers:
+        raise ValueError("there is no LoRA for a ratio: call apply_lora first")
     rates = {}
     for layer in layers:
+        if not any(parameter.requires_grad for parameter in layer.lora.parameters()):
+            continue
         factor = getattr(layer, "ratio", 1.0) if ratio is None else ratio
         if not is_number(factor) or not 0 < factor < math.inf:
             raise ValueError(f"ratio must be a positive number, not {factor!r}")
@@ -74,8 +84,8 @@ class StepCounter:
         for branch in branches:
             branch.attached = True
 
-    def __call__(self, *_):
-        self.done += 1
+    def __call__(self, optimizer, *_):
+        self.done += not leaves_out(optimizer)
         for branch in self.branches:
             if self.done <= branch.start_step:
                 branch.keep_start()

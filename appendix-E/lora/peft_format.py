@@ -300,7 +300,7 @@ def import_peft(model, folder):
 def check_method(config):
     """Raise ValueError, naming it, for a method or setting of PEFT that cannot be read."""
     kind = config.get("peft_type")
-    if kind not in PEFT_NAMES:
+    if kind not in [*PEFT_NAMES]:
         raise ValueError(f"PEFT's {kind} adapter: only {', '.join(sorted(PEFT_NAMES))} can be read")
     known = PLAIN | OWN_SETTINGS.get(kind, set())
     for key, value in config.items():
@@ -310,8 +310,9 @@ def check_method(config):
                 "and use that model"
             )
     start = config.get("init_lora_weights")
-    if start in STARTS and (config.get("use_dora") or (start == "olora" and config.get("fan_in_fan_out"))):
-        raise ValueError(f"PEFT's {start} cannot be read here, with DoRA or in Conv1D: merge it with PEFT")
+    other = kind != "LORA" or config.get("use_dora") or (start == "olora" and config.get("fan_in_fan_out"))
+    if start in STARTS and other:
+        raise ValueError(f"PEFT's {start} cannot be read here, with others or in Conv1D: merge it with PEFT")
 
 
 def adapter_from_peft(config, tensors, linear):

@@ -32,6 +32,7 @@ PEFT_NAMES = {  # ours: PEFT's, by its peft_type
 PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 PEFT_TYPES = {"lora": "LORA", "embedding": "LORA", "dora": "LORA", "vera": "VERA", "adalora": "ADALORA"}
 SAME_FILE = ("lora-fa",)  # trained otherwise than plain LoRA, but added in the same way
+ALIKE = {"vera": ("rank", "key", "largest"), "adalora": ("rank", "alpha", "scaling")}
 PEFT_SCALINGS = {False: "alpha/rank", True: "alpha/sqrt(rank)"}  # by use_rslora
 PADDING = 1e-5  # PEFT's AdaLoRA divides by rank + this
 
@@ -58,17 +59,33 @@ def plain_adapter(adapter):
             if settings.get("variant") in SAME_FILE:
                 del layers[name]["variant"]
             parts = branch_tensors(adapter, name)
+            if settings.get("variant") == "adalora" and settings["alpha"] <= 0:
+                scale = SCALINGS[settings["scaling"]](settings["alpha"], settings["rank"])
+                parts["A"] = scale * parts["A"]  # PEFT takes such an alpha for none
+                layers[name] |= {"alpha": float(settings["rank"]), "scaling": "alpha/rank"}
         tensors |= {f"{name}.lora.{part}": tensor for part, tensor in parts.items()}
     return Adapter(layers, tensors, adapter.base, adapter.notes)
 
 
 def only_variant(adapter):
-    """Return the variant of all layers of `adapter`; raise ValueError if they have several."""
-    variants = {settings.get("variant", "lora") for settings in adapter.layers.values()}
+    """Return the variant of all layers of `adapter`.
+
+    Raises ValueError if they have several, or settings that PEFT has once for all layers and these do not.
+    """
+    layers = [*adapter.layers.values()]
+    variants = {settings.get("variant", "lora") for settings in layers}
     variants = {"lora" if variant == "embedding" else variant for variant in variants}
     if len(variants) > 1:
         raise ValueError(f"PEFT has one method per adapter, this one {' and '.join(sorted(variants))}")
-    return variants.pop()
+    variant = variants.pop()
+    for key in ALIKE.get(variant, ()):
+        values = [settings[key] for settings in layers]
+        if other := [value for value in values if value != values[0]]:
+            raise ValueError(
+                f"PEFT has one {key} for all layers with {variant}, this adapter {values[0]} and {other[0]}: "
+                "merge_lora and save the model instead"
+            )
+    return variant
 
 
 # Writing
@@ -153,15 +170,16 @@ def check_exchangeable(name, layer):
 
 def all_ranks(config, layer, parts):
     """Return AdaLoRA's A, B and E of `layer` with zeros for the ranks that the file lacks."""
-    rank = config["init_r"]
+    A, B, E = (parts[name].float() for name in "ABE")
+    E = E.flatten()
     pattern = {k.removeprefix(PREFIX): v for k, v in (config.get("rank_pattern") or {}).items()}
-    kept = torch.tensor(pattern.get(f"{layer}.lora_E") or [True] * rank)
-    A, B, E = (torch.zeros(shape) for shape in (
-        (parts["A"].shape[0], rank), (rank, parts["B"].shape[1]), (rank,),
-    ))
-    A[:, kept], B[kept] = parts["A"].float(), parts["B"].float()
-    E[kept] = parts["E"].float().flatten() * (rank / (rank + PADDING))
-    return {"A": A, "B": B, "E": E}
+    kept = torch.tensor([*map(bool, pattern.get(f"{layer}.lora_E") or [True] * len(E))])
+    rank, count = config["init_r"], int(kept.sum())
+    if not A.shape[1:] == B.shape[:1] == E.shape == (count,) or len(kept) != rank:
+        raise ValueError(f"{layer}: its tensors have other ranks than init_r and rank_pattern")
+    whole = {"A": A.new_zeros(len(A), rank), "B": B.new_zeros(rank, *B.shape[1:]), "E": E.new_zeros(rank)}
+    whole["A"][:, kept], whole["B"][kept], whole["E"][kept] = A, B, E * (rank / (rank + PADDING))
+    return whole
 
 
 def vera_settings(config, tensors, layer):

@@ -31,6 +31,11 @@ class Relative(LoRALayer):
     """A branch whose sum is x A′ B′ with `factors` A′ (in, r′) and B′ (r′, out); the scale is in them."""
 
     own_options = ()  # names of keywords besides LoRALayer's, saved with an adapter
+    attached = False  # whether an optimizer of `lora_adamw` steps it, as some relatives need
+
+    def __getstate__(self):
+        """Return what a copy or a file of this branch has: no optimizer steps that one."""
+        return {name: value for name, value in vars(self).items() if name != "attached"}
 
     def begin(self, weight):
         """Take the start from the base weight (in, out), if the method does that."""
@@ -146,6 +151,8 @@ class VeRALayer(Relative):
             raise ValueError(f"key, VeRA's seed, must be a whole number from 0, not {key!r}")
         if in_features not in (None, in_dim):
             raise ValueError(f"this VeRA layer is for {in_features} inputs, not {in_dim}")
+        if largest is not None and not fits_within((in_dim, out_dim), largest):
+            raise ValueError(f"largest must be two sizes from {in_dim} and {out_dim} on, not {largest!r}")
         self.in_features, self.key, self.largest, self.digest = in_dim, key, largest, digest
         self.lambda_d = nn.Parameter(torch.full_like(self.B[:, 0], D_INITIAL))
         self.lambda_b = nn.Parameter(torch.zeros_like(self.B[0]))
@@ -154,6 +161,12 @@ class VeRALayer(Relative):
     def factors(self):
         A, B = self.shared.A[:, : self.in_features].T, self.shared.B[: len(self.lambda_b)].T
         return A * self.lambda_d, B * (self.scale * self.lambda_b)
+
+
+def fits_within(sizes, largest):
+    """Return whether `largest` is a list of sizes, whole numbers, and none of `sizes` is above its own."""
+    listed = isinstance(largest, (list, tuple)) and all(type(size) is int for size in largest)
+    return listed and len(largest) == len(sizes) and all(s <= most < 2**24 for s, most in zip(sizes, largest))
 
 
 def link_projections(branches):
@@ -174,7 +187,8 @@ def link_projections(branches):
             if branch.digest not in (None, digest):
                 raise ValueError("this torch draws other random numbers than this VeRA's: train it again")
             branch.largest, branch.digest, branch.shared = largest, digest, pair
-        pair.to(group[0].lambda_b.device, group[0].lambda_b.dtype)
+        if not (like := group[0].lambda_b).is_meta:  # there, it waits for the layers' values
+            pair.to(like.device, like.dtype)
 
 
 class AdaLoRALayer(Relative):
@@ -186,7 +200,6 @@ class AdaLoRALayer(Relative):
     """
 
     own_options = ("target_rank",)
-    attached = False
 
     def __init__(self, in_dim, out_dim, rank, alpha, *, target_rank=None, **options):
         super().__init__(in_dim, out_dim, rank, alpha, **options)
@@ -207,7 +220,8 @@ class AdaLoRALayer(Relative):
 
 def require_optimizer(branch, what):
     """Raise ValueError in a training step of a `branch` that no optimizer of `lora_adamw` steps."""
-    if branch.training and torch.is_grad_enabled() and not branch.attached:
+    trains = branch.training and torch.is_grad_enabled() and branch.B.requires_grad
+    if trains and not branch.attached:
         raise ValueError(
             f"{what} after every step: make the optimizer with "
             "lora.optimizer.lora_adamw(model, learning_rate, total_steps=…) before training"
@@ -265,7 +279,6 @@ class DeltaLoRALayer(ResidualLayer):
     """
 
     own_options = ("factor", "start_step")
-    attached = False
 
     def __init__(self, *sizes, factor=1.0, start_step=0, **options):
         super().__init__(*sizes, **options)
@@ -290,6 +303,12 @@ class DeltaLoRALayer(ResidualLayer):
         return super().forward(x)
 
 
+def require_finite(weight):
+    """Raise ValueError for a base weight from whose values no start can be computed."""
+    if not torch.isfinite(weight).all():
+        raise ValueError("a base weight has infinite or missing values: load the model again")
+
+
 class PiSSALayer(ResidualLayer):
     """PiSSA: A₀ and B₀ are the r largest singular vectors of W, s A₀ B₀ ≈ W.
 
@@ -297,9 +316,10 @@ class PiSSALayer(ResidualLayer):
     """
 
     def begin(self, weight):
-        U, S, Vh = torch.linalg.svd(weight.to(self.A.dtype), full_matrices=False)
-        if self.scale <= 0:
+        if not self.scale > 1e-6:
             raise ValueError(f"PiSSA takes roots of singular values / alpha: not with alpha {self.alpha}")
+        require_finite(weight)
+        U, S, Vh = torch.linalg.svd(weight.to(self.A.dtype), full_matrices=False)
         root = (S / self.scale).sqrt()
         self.start_from(U * root, root[:, None] * Vh)
 
@@ -311,5 +331,6 @@ class OLoRALayer(ResidualLayer):
     """
 
     def begin(self, weight):
+        require_finite(weight)
         Q, R = torch.linalg.qr(weight.T.to(self.A.dtype))
         self.start_from(R.T, Q.T)

@@ -42,7 +42,7 @@ BY_LAYER = ("embedding", "grouped", "merged")
 RATIO = 16.0  # LoRA+: B's learning rate by A's
 CHANGES = {  # what goes together with a branch: the setting that it changes, from which value to which
     "rslora": ("scaling", "alpha", "alpha/sqrt(rank)"),
-    "lora+": ("ratio", 1.0, RATIO),
+    "lora+": ("ratio", None, RATIO),
 }
 VARIANTS = (*(name for name in BRANCHES if name not in BY_LAYER), *CHANGES)
 SENSELESS = {  # and why
@@ -58,13 +58,14 @@ LAYER_SETTINGS = ("rank", "alpha", "scaling", "dropout")
 # Which variant
 
 
-def resolve_variant(variant="lora", scaling="alpha", ratio=1.0, init="printed", **options):
+def resolve_variant(variant="lora", scaling="alpha", ratio=None, init="printed", **options):
     """Return {variant, scaling, ratio, init, …}: the branch's name, and the settings that `variant` changes.
 
-    `variant`: one name of VARIANTS or several. Raises ValueError, with the reason, for a name that is none,
-    for names that make no sense together, and for an option that the branch does not have.
+    `variant`: one name of VARIANTS or several; `ratio` None: 16 with "lora+", else 1. Raises ValueError, with
+    the reason, for a name that is none, for names that make no sense together, and for an option that the
+    branch does not have.
     """
-    names = (variant,) if isinstance(variant, str) else tuple(variant)
+    names = tuple(variant) if isinstance(variant, (tuple, list)) else (variant,)
     if unknown := [name for name in names if name not in VARIANTS]:
         raise ValueError(f"variant must be one or several of {', '.join(VARIANTS)}, not {unknown[0]!r}")
     branches = [name for name in dict.fromkeys(names) if name not in CHANGES] or ["lora"]
@@ -77,6 +78,7 @@ def resolve_variant(variant="lora", scaling="alpha", ratio=1.0, init="printed", 
             if settings[key] not in (usual, value) and key != "ratio":
                 raise ValueError(f"{name} means {key}={value!r}, not {settings[key]!r}: leave one out")
             settings[key] = value if settings[key] == usual else settings[key]
+    settings["ratio"] = 1.0 if settings["ratio"] is None else settings["ratio"]
     check_variant(branch, init=init, options=options, **settings)
     return {"variant": branch, **settings, "init": init, **options}
 
@@ -173,6 +175,8 @@ def branch_from(settings, tensors):
     settings, TypeError for settings that are none.
     """
     variant = settings.get("variant", "lora")
+    if variant not in [*BRANCHES]:
+        raise ValueError(f"its variant must be one of {', '.join(BRANCHES)}, not {variant!r}")
     plain = {key: settings[key] for key in LAYER_SETTINGS}
     own = {key: value for key, value in settings.items() if key not in (*plain, "variant", "ratio")}
     if variant not in BRANCHES:
@@ -180,6 +184,8 @@ def branch_from(settings, tensors):
     check_variant(variant, plain["scaling"], settings.get("ratio", 1.0), "printed", own)
     if variant == "vera":
         sizes = settings["in_features"], tensors["lambda_b"].shape[0]
+        if type(sizes[0]) is not int or sizes[0] < 1:
+            raise ValueError(f"in_features must be a number of inputs, not {sizes[0]!r}")
     else:
         sizes = tensors["A"].shape[0], tensors["B"].shape[1] * len(own.get("parts", "1"))
     with torch.device("meta"):  # no memory, no random numbers

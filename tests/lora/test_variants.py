@@ -189,6 +189,9 @@ def test_training_lowers_the_loss(variant):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"variant": "lorafa"}, "variant must be one or several of lora, lora-fa"),
+    ({"variant": None}, "variant must be one or several of .*, not None"),
+    ({"variant": b"dora"}, "variant must be one or several of .*, not b'dora'"),
+    ({"variant": [["dora"]]}, r"variant must be one or several of .*, not \['dora'\]"),
     ({"variant": ("adalora", "dora")}, "adalora and dora are two branches for one layer: choose one"),
     ({"variant": ("vera", "pissa")}, "two branches"),
     ({"variant": ("lora+", "lora-fa")}, "LoRA-FA trains B alone"),
@@ -204,6 +207,9 @@ def test_training_lowers_the_loss(variant):
     ({"variant": "adalora", "target_rank": 4}, "from 1 to the rank 3"),
     ({"variant": "vera", "key": -1}, "VeRA's seed"),
     ({"variant": "lora+", "ratio": 0.0}, "a positive number, not 0.0"),
+    ({"variant": "lora+", "ratio": True}, "a positive number, not True"),
+    ({"variant": "pissa", "alpha": 1e-30}, "not with alpha 1e-30"),
+    ({"variant": "vera", "largest": [1, 1]}, "largest must be two sizes"),
     ({"variant": "dora", "target_rank": 2}, "dora has no option target_rank"),
     ({"target_rank": 2}, "lora has no option target_rank"),
 ])

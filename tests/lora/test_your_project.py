@@ -18,6 +18,7 @@ from torch import nn
 from book_assets.table import REPOSITORY
 from lora.adapters import load_adapter, save_adapter, set_adapter
 from lora.layers import adapted_layers, apply_lora, merge_lora, swap
+from lora.optimizer import lora_adamw
 from lora.peft_format import export_peft, import_peft
 from lora.targets import ends_with, find_layers, find_modules
 from models import IDS, foreign, same_state, small_gpt, state, train_a_little
@@ -171,6 +172,12 @@ def check_trainer(names):
     assert torch.equal(logits(fresh, names), logits(names["model"], names))
 
 
+def check_relative(names):
+    assert sum(names["losses"][-3:]) < sum(names["losses"][:3])
+    assert torch.equal(logits(names["fresh"], names), logits(names["model"], names))
+    assert all(hasattr(layer.lora, "magnitude") for layer in adapted_layers(names["fresh"]).values())
+
+
 STEPS = {
     "Train": check_training,
     "Save and load": check_saving,
@@ -179,6 +186,7 @@ STEPS = {
     "Exchange with PEFT": check_peft,
     "Less memory": check_memory,
     "transformers.Trainer": check_trainer,
+    "DoRA and other relatives": check_relative,
 }
 
 
@@ -265,6 +273,27 @@ def test_an_optimizer_made_before_lora_trains_nothing():
     model(input_ids=IDS, labels=torch.tensor([0, 1, 0])).loss.backward()
     optimizer.step()
     assert same_state(model, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+@pytest.mark.parametrize("variant", ["adalora", "lora+"])
+def test_the_trainer_takes_the_optimizer_of_a_variant(variant, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    model = apply_lora(foreign("bert"), 3, 2, "query", variant=variant)
+    rows = [{"input_ids": ids, "labels": label} for ids, label in zip(IDS, (0, 1, 0))]
+    settings = hf.TrainingArguments(
+        str(tmp_path), num_train_epochs=10, per_device_train_batch_size=3, report_to="none",
+        save_strategy="no", use_cpu=True,
+    )
+    optimizer = lora_adamw(model, 0.01, total_steps=10)
+    hf.Trainer(model, settings, train_dataset=rows, optimizers=(optimizer, None)).train()
+    if variant == "adalora":
+        assert sum(int((layer.lora.E != 0).sum()) for layer in adapted_layers(model).values()) == 4
+        with pytest.raises(ValueError, match="make the optimizer with"):
+            other = apply_lora(foreign("bert"), 3, 2, "query", variant=variant)
+            hf.Trainer(other, settings, train_dataset=rows).train()
+    assert all(layer.lora.B.any() for layer in adapted_layers(model).values())
+    assert len(optimizer.param_groups) == (2 if variant == "lora+" else 1)
 
 
 def test_a_model_saved_before_merging_comes_back_with_random_layers(tmp_path):

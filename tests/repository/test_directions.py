@@ -169,6 +169,14 @@ def test_the_printed_appendix_imports_nothing_but_pytorch():
     assert names - {*sys.stdlib_module_names} == {"torch"}
 
 
+def test_what_a_project_copies_imports_nothing_but_pytorch_and_safetensors():
+    ours = {"lora", "appendix_e"}
+    for path, text in read_sources().items():
+        if find_part(path) == "lora":
+            names = {top_package(name) for name, _ in find_imports(path, text)}
+            assert names - {*sys.stdlib_module_names} - ours <= {"torch", "safetensors"}, path
+
+
 @pytest.mark.parametrize("path", BEFORE_INSTALLATION)
 def test_what_runs_before_anything_is_installed_needs_only_the_standard_library(path):
     imports = find_imports(path, read_sources()[path])
