@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {error}: start with python setup/run_main.py, which installs everything")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -292,11 +293,14 @@ def tabulate_costs(rows):
 def tabulate_results(spam, text, costs, model="tiny"):
     """Return a DataFrame of texts, a row per contender: trained parameters, results and what is in `costs`.
 
-    `spam` and `text` are `finished_runs`; results are means and standard deviations of the seeds.
+    `spam` and `text` are `finished_runs`; results are means and standard deviations of the seeds. A
+    perplexity is exp(loss).
     """
     table = {}
+    text = text.assign(perplexity=np.exp(text["test_loss"].astype(float)))
     for runs, column, factor, name, digits in (
         (spam, "test", 100, "spam (%)", 1), (text, "test_loss", 1, "text (nats)", 3),
+        (text, "perplexity", 1, "perplexity", 1),
     ):
         final = runs[~runs["tuning"].astype(bool)]
         for title, group in final.groupby("title", sort=False):

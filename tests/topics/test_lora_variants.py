@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
@@ -201,6 +202,8 @@ def test_results_stand_beside_the_costs_and_gaps_are_empty():
     table = tabulate_results(spam, text, tabulate_costs(COSTS))
     assert [*table.index] == [*TITLES]
     assert table.loc["LoRA", "spam (%)"] == "96.0 ± 3.2" and table.loc["LoRA", "peak (MB)"] == "80"
+    losses = text[(text["title"] == "LoRA") & ~text["tuning"].astype(bool)]["test_loss"]
+    assert table.loc["LoRA", "perplexity"].startswith(f"{np.exp(losses.astype(float)).mean():.1f}")
     assert table.loc["VeRA", "text (nats)"] == table.loc["DoRA", "s/step"] == ""
     assert "s/step" not in tabulate_results(spam, text, tabulate_costs([]))
 
@@ -215,7 +218,7 @@ def test_each_contender_has_a_panel_with_a_ring_at_the_rate_that_was_chosen():
     assert [ax.get_title() for ax in axes] == [*TITLES]
     for place, ax in enumerate(axes):
         grey, curve, ring = ax.lines
-        assert grey.get_ydata()[2] == 1.0  # LoRA's, at 1e-3
+        assert grey.get_ydata()[RATES.index(1e-3)] == 1.0  # LoRA's
         assert ring.get_xdata()[0] == pytest.approx(1e-3 * 10**place) and ring.get_ydata()[0] == 1.0
         assert len(curve.get_xdata()) == len(RATES)
 
