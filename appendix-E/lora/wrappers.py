@@ -34,17 +34,19 @@ BRANCHES = {
     "delta-lora": DeltaLoRALayer,
     "pissa": PiSSALayer,
     "olora": OLoRALayer,
-    "embedding": EmbeddingLoRALayer,  # these three are chosen by the kind of layer
+}
+OTHER_BRANCHES = {  # chosen by the kind of layer, not by name
+    "embedding": EmbeddingLoRALayer,
     "grouped": GroupedLoRALayer,
     "merged": MergedLoRALayer,
 }
-BY_LAYER = ("embedding", "grouped", "merged")
 RATIO = 16.0  # LoRA+: B's learning rate by A's
 CHANGES = {  # what goes together with a branch: the setting that it changes, from which value to which
     "rslora": ("scaling", "alpha", "alpha/sqrt(rank)"),
     "lora+": ("ratio", None, RATIO),
 }
-VARIANTS = (*(name for name in BRANCHES if name not in BY_LAYER), *CHANGES)
+VARIANTS = (*BRANCHES, *CHANGES)
+ALL_BRANCHES = BRANCHES | OTHER_BRANCHES
 SENSELESS = {  # and why
     ("lora-fa", "lora+"): "LoRA-FA trains B alone, so there is no second learning rate",
     ("vera", "lora+"): "VeRA trains neither A nor B, which LoRA+ gives two learning rates",
@@ -92,7 +94,7 @@ def check_variant(branch, scaling, ratio, init, options):
             raise ValueError(f"{branch} with {name}: {SENSELESS[branch, name]}")
     if branch in OWN_START and init != "printed":
         raise ValueError(f"{branch} has a start of its own: leave init={init!r} out")
-    known = getattr(BRANCHES[branch], "own_options", ())
+    known = getattr(ALL_BRANCHES[branch], "own_options", ())
     if unknown := [name for name in options if name not in known]:
         raise ValueError(f"{branch} has no option {unknown[0]}: it has {', '.join(known) or 'none'}")
 
@@ -149,7 +151,7 @@ def with_lora(layer, rank, alpha, *, variant="lora", ratio=1.0, **options):
     wrapper, branch = find_wrapper(layer, variant)
     if branch == "grouped":
         options = {"groups": layer.groups, **options}
-    wrapped = wrapper(layer, rank, alpha, branch=BRANCHES[branch], **options)
+    wrapped = wrapper(layer, rank, alpha, branch=ALL_BRANCHES[branch], **options)
     wrapped.variant, wrapped.ratio = branch, ratio
     if hasattr(wrapped.lora, "begin") and not next(wrapped.lora.parameters()).is_meta:
         with torch.no_grad():
@@ -175,12 +177,10 @@ def branch_from(settings, tensors):
     settings, TypeError for settings that are none.
     """
     variant = settings.get("variant", "lora")
-    if variant not in [*BRANCHES]:
-        raise ValueError(f"its variant must be one of {', '.join(BRANCHES)}, not {variant!r}")
+    if variant not in [*ALL_BRANCHES]:
+        raise ValueError(f"its variant must be one of {', '.join(ALL_BRANCHES)}, not {variant!r}")
     plain = {key: settings[key] for key in LAYER_SETTINGS}
     own = {key: value for key, value in settings.items() if key not in (*plain, "variant", "ratio")}
-    if variant not in BRANCHES:
-        raise ValueError(f"its variant is {variant!r}, not one of {', '.join(BRANCHES)}")
     check_variant(variant, plain["scaling"], settings.get("ratio", 1.0), "printed", own)
     if variant == "vera":
         sizes = settings["in_features"], tensors["lambda_b"].shape[0]
@@ -189,7 +189,7 @@ def branch_from(settings, tensors):
     else:
         sizes = tensors["A"].shape[0], tensors["B"].shape[1] * len(own.get("parts", "1"))
     with torch.device("meta"):  # no memory, no random numbers
-        branch = BRANCHES[variant](*sizes, **plain, **own, device="meta")
+        branch = ALL_BRANCHES[variant](*sizes, **plain, **own, device="meta")
     shapes = {name: tuple(parameter.shape) for name, parameter in branch.named_parameters()}
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
