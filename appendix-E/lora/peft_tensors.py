@@ -25,10 +25,10 @@ PEFT_NAMES = {  # ours: PEFT's, by its peft_type
     "LORA": {
         "A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector",
     },
-    "embedding": {"A": "lora_embedding_A", "B": "lora_embedding_B"},  # with LORA
     "VERA": {"lambda_d": "vera_lambda_d", "lambda_b": "vera_lambda_b"},
     "ADALORA": {"A": "lora_A", "B": "lora_B", "E": "lora_E"},
 }
+EMBEDDING_NAMES = {"A": "lora_embedding_A", "B": "lora_embedding_B"}  # those of LORA in an embedding
 PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 PEFT_TYPES = {"lora": "LORA", "embedding": "LORA", "dora": "LORA", "vera": "VERA", "adalora": "ADALORA"}
 SAME_FILE = ("lora-fa",)  # trained otherwise than plain LoRA, but added in the same way
@@ -107,7 +107,7 @@ def to_peft(adapter, name, layer):
         ones = (1,) * (layer.linear.weight.dim() - 2)
         turned["A"] = turned["A"].reshape(-1, *layer.linear.weight.shape[1:])
         turned["B"] = turned["B"].reshape(*turned["B"].shape, *ones)
-    names = PEFT_NAMES.get(variant) or PEFT_NAMES[PEFT_TYPES[variant]]
+    names = EMBEDDING_NAMES if variant == "embedding" else PEFT_NAMES[PEFT_TYPES[variant]]
     return {f"{PREFIX}{name}.{names[n]}": tensor.contiguous() for n, tensor in turned.items()}
 
 
@@ -141,10 +141,12 @@ def adalora_config(adapter, first):
 def from_peft(config, key, tensor):
     """Return (layer, our name, tensor) of a tensor `key` of PEFT's; the layer is None if no branch has it."""
     name, kind = key.removeprefix(PREFIX).replace("_orig_mod.", ""), config["peft_type"]
-    embedding = PEFT_NAMES["embedding"].items() if kind == "LORA" else ()
+    embedding = EMBEDDING_NAMES.items() if kind == "LORA" else ()
     for ours, theirs in (*PEFT_NAMES[kind].items(), *embedding):
         if name.endswith(f".{theirs}"):
-            turned = tensor.flatten(1).T.contiguous() if ours in "AB" else tensor
+            if kind == "LORA" and ours in "AB":  # of a convolution, it has more dimensions
+                tensor = tensor.flatten(1)
+            turned = tensor.T.contiguous() if ours in "AB" else tensor
             return name.removesuffix(f".{theirs}"), ours, turned
     if re.search(r"\.(lora|vera)_\w+(\.weight)?$", name):
         raise ValueError(f"{key} is no tensor of {kind}")
@@ -153,7 +155,7 @@ def from_peft(config, key, tensor):
 
 def embeddings_of(keys):
     """Return the set of layers that `keys`, names of PEFT's tensors, show to be embeddings."""
-    ending = f".{PEFT_NAMES['embedding']['A']}"
+    ending = f".{EMBEDDING_NAMES['A']}"
     return {key.removeprefix(PREFIX).removesuffix(ending) for key in keys if key.endswith(ending)}
 
 

@@ -117,7 +117,7 @@ def find_layers(model, targets="all"):
 
 
 def find_modules(model, targets):
-    """Return {name: module} of the modules of any kind, with parameters, that `targets` select.
+    """Return {name: module} of the outermost modules, of any kind, with parameters, that `targets` select.
 
     Raises ValueError for a target that selects no module, and for "all".
     """
@@ -133,7 +133,10 @@ def find_modules(model, targets):
                 "module to train in full, such as head or final_norm"
             )
         chosen |= found
-    return chosen
+    return {
+        name: module for name, module in chosen.items()
+        if not any(name.startswith(f"{outer}.") for outer in chosen)
+    }
 
 
 def split_parts(name, targets):
