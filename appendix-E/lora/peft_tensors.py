@@ -144,7 +144,7 @@ def from_peft(config, key, tensor):
     embedding = EMBEDDING_NAMES.items() if kind == "LORA" else ()
     for ours, theirs in (*PEFT_NAMES[kind].items(), *embedding):
         if name.endswith(f".{theirs}"):
-            if kind == "LORA" and ours in "AB":  # of a convolution, it has more dimensions
+            if kind == "LORA" and ours in "AB":  # a convolution has more axes
                 tensor = tensor.flatten(1)
             turned = tensor.T.contiguous() if ours in "AB" else tensor
             return name.removesuffix(f".{theirs}"), ours, turned
