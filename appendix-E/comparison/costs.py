@@ -21,7 +21,6 @@ from fast_path.settings import TrainingSettings
 from fast_path.training import fit, prepare
 from lora.adapters import save_adapter
 from lora.files import WEIGHTS_FILE
-from lora.layers import adapted_layers
 from lora.optimizer import lora_adamw
 from pretrain_tiny import TINY_CONFIG
 from spam_classifier.experiments import step_memory
@@ -58,8 +57,7 @@ def time_step(contender, config, steps):
 def kept_for_backward(contender, config):
     """Return the bytes that autograd keeps between forward and backward, the parameters not counted."""
     model, kept = build_adapted(contender, config), {}
-    for layer in adapted_layers(model).values():
-        layer.lora.attached = True  # as an optimizer does
+    lora_adamw(model, SETTINGS.learning_rate, total_steps=1)  # without one, some relatives refuse to train
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def keep(tensor):

@@ -13,7 +13,7 @@ import torch
 
 from appendix_e import freeze
 from lora.attention import attention_layers, packed_names
-from lora.files import WEIGHTS_FILE, read_files, write_adapter
+from lora.files import WEIGHTS_FILE, branch_tensors, read_files, write_adapter
 from lora.layers import (
     adapted_layers,
     check_finite,
@@ -178,12 +178,6 @@ def full_tensors(adapter):
     return {n: t for n, t in adapter.tensors.items() if n.rpartition(".")[0] not in branches}
 
 
-def branch_tensors(adapter, layer):
-    """Return {A, B, …: tensor} of the branch beside one `layer` of the adapter."""
-    prefix = f"{layer}.lora."
-    return {n.removeprefix(prefix): t for n, t in adapter.tensors.items() if n.startswith(prefix)}
-
-
 def fitted_layers(model, adapter):
     """Return {base layer of `model`: new LinearWithLoRA with the adapter's A and B}.
 
@@ -196,7 +190,7 @@ def fitted_layers(model, adapter):
             raise ValueError(f"no layer {name} for LoRA: load the adapter's base model")
         with torch.device("meta"):  # no memory, no random numbers
             layer = with_lora(linear[name], **settings, device="meta")
-        tensors = branch_tensors(adapter, name)
+        tensors = branch_tensors(adapter.tensors, name)
         for part, like in layer.lora.named_parameters():
             check_shape(f"{name}.lora.{part}", tensors.get(part), like)
         place = linear[name].weight.device
@@ -327,7 +321,7 @@ def plain_factors(adapter):
     Raises ValueError for DoRA, whose update is not of low rank.
     """
     branches = {
-        name: branch_from(settings, {n: widen(t) for n, t in branch_tensors(adapter, name).items()})
+        name: branch_from(settings, {n: widen(t) for n, t in branch_tensors(adapter.tensors, name).items()})
         for name, settings in adapter.layers.items()
     }
     link_projections(branches.values())

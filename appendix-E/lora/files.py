@@ -183,6 +183,12 @@ def check_settings(settings, expected, digest, tensors):
     check_low_rank(settings["layers"], tensors)
 
 
+def branch_tensors(tensors, layer):
+    """Return {A, B, …: tensor} of the branch beside one `layer`, of an adapter's {name: tensor}."""
+    prefix = f"{layer}.lora."
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
 def check_low_rank(layers, tensors):
     """Raise one of `DAMAGE` unless all `layers` have possible settings, and the tensors of these.
 
@@ -191,11 +197,9 @@ def check_low_rank(layers, tensors):
     if not layers:
         raise ValueError("it has no layers")
     for name, settings in layers.items():
-        prefix = f"{name}.lora."
-        parts = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         try:
-            branch_from(settings, parts)
+            branch_from(settings, branch_tensors(tensors, name))
         except KeyError as error:
-            raise KeyError(f"{prefix}{error.args[0]}") from None
+            raise KeyError(f"{name}.lora.{error.args[0]}") from None
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None

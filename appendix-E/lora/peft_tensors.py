@@ -11,12 +11,12 @@ from appendix_e import SCALINGS
 from lora.adapters import (
     Adapter,
     base_layers,
-    branch_tensors,
     copy_to_cpu,
     full_tensors,
     plain_factors,
 )
 from lora.embedding_conv import CONVOLUTIONS, ConvWithLoRA
+from lora.files import branch_tensors
 from lora.variants import D_INITIAL, digest_of
 from lora.wrappers import with_lora
 
@@ -58,7 +58,7 @@ def plain_adapter(adapter):
             layers[name] = {key: value for key, value in settings.items() if key != "ratio"}
             if settings.get("variant") in SAME_FILE:
                 del layers[name]["variant"]
-            parts = branch_tensors(adapter, name)
+            parts = branch_tensors(adapter.tensors, name)
             if settings.get("variant") == "adalora" and settings["alpha"] <= 0:
                 scale = SCALINGS[settings["scaling"]](settings["alpha"], settings["rank"])
                 parts["A"] = scale * parts["A"]  # PEFT takes such an alpha for none
@@ -93,7 +93,7 @@ def only_variant(adapter):
 
 def to_peft(adapter, name, layer):
     """Return {PEFT's name: tensor} of `layer`, called `name`, a layer with LoRA."""
-    settings, parts = adapter.layers[name], branch_tensors(adapter, name)
+    settings, parts = adapter.layers[name], branch_tensors(adapter.tensors, name)
     variant = settings.get("variant", "lora")
     if variant == "vera":  # PEFT's has no scale
         scale = SCALINGS[settings["scaling"]](settings["alpha"], settings["rank"])
