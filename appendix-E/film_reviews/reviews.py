@@ -10,12 +10,14 @@ import gzip
 import zlib
 
 import pandas as pd
+from sklearn.model_selection import train_test_split
 
 from book_assets.imdb import fetch_reviews
 from book_assets.table import EMBEDDED_TEXT
 from ch06 import SPLITS
 
 NAME = r"^(neg|pos)/\d+_(\d+)$"  # label and stars
+VALIDATION = 5000  # of the training reviews
 SIZES = dict(zip(SPLITS, (2000, 50, 100), strict=True))  # reviews in the parts of load_texts
 
 
@@ -60,6 +62,37 @@ def read_reviews(path):
         "Label": (names[0] == "pos").astype(int),
         "Stars": names[1].astype(int),
     })
+
+
+def load_labelled(choice, counts=None, seed=123):
+    """Return {"train", "validation", "test": DataFrame of Text and Label} to train a classifier with.
+
+    With choice.data "book", 5,000 of the dataset's 25,000 training reviews are the validation part; a text
+    that is in it as well as among the others is left out of these. `counts`, {part: number}, takes so many
+    reviews of a part. All is drawn with `seed`, half of each label. Raises what `load_reviews` raises, and
+    ValueError for more reviews than there are.
+    """
+    learned = load_reviews(choice, "train")
+    train, validation = train_test_split(
+        learned, test_size=VALIDATION, stratify=learned["Label"], random_state=seed
+    )
+    parts = (train[~train["Text"].isin(validation["Text"])], validation, load_reviews(choice, "test"))
+    counts = counts or {}
+    return {
+        name: draw_labelled(part[["Text", "Label"]], counts.get(name, len(part)), seed)
+        for name, part in zip(SPLITS, parts, strict=True)
+    }
+
+
+def draw_labelled(reviews, count, seed):
+    """Return `count` rows of the DataFrame `reviews`, each label with its share, drawn with `seed`."""
+    if count > len(reviews):
+        raise ValueError(f"{count:,} reviews are wanted and {len(reviews):,} there: take fewer")
+    if count < len(reviews):
+        reviews, _ = train_test_split(
+            reviews, train_size=count, stratify=reviews["Label"], random_state=seed
+        )
+    return reviews.reset_index(drop=True)
 
 
 def load_texts(choice, sizes=SIZES):
