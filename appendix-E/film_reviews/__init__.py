@@ -1,1 +1,1 @@
-"""Film reviews: the Large Movie Review Dataset with its labels, and texts for next-token training."""
+"""Film reviews with labels (the Large Movie Review Dataset, short ones of our own), texts for next-token training."""
