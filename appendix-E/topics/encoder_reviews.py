@@ -36,7 +36,8 @@ from comparison.grid import find_or_run, half_width, read_rows
 from comparison.reviews import AS_PUBLISHED, MAX_LENGTH, ReviewTask, measure_step
 from fast_path.settings import HelpFormatter, add_flags, check_count, take_flags
 from fast_path.training import choose_precision
-from film_reviews.encoder import CLASSES, last_layers
+from film_reviews.encoder import last_layers
+from film_reviews.reviews import SENTIMENTS
 from lora.layers import adapted_layers, apply_lora
 from spam_classifier.evaluation import wilson
 
@@ -173,7 +174,7 @@ def plot_margins(margins, labels):
         values = np.asarray(values)
         edges = np.linspace(values.min(), values.max() + 1e-6, 31)
         for label, color in ((0, "orange"), (1, "blue")):
-            ax.hist(values[labels == label], edges, color=PALETTE[color], alpha=0.6, label=CLASSES[label])
+            ax.hist(values[labels == label], edges, color=PALETTE[color], alpha=0.6, label=SENTIMENTS[label])
         ax.axvline(0, color=PALETTE["ink"], linewidth=1)
         ax.set(title=title, xlabel="logit: positive − negative")
     axes[0, 0].set_ylabel("reviews")
@@ -204,7 +205,7 @@ def plot_runs(rows, published):
 
 
 def plot_grid(rows):
-    """Return a Figure: a heat map of the validation accuracy in %, rank by alpha, of rows with the same roles."""
+    """Return a Figure: the validation accuracy in %, rank by alpha, of rows of the same roles."""
     table = pd.DataFrame(rows).pivot_table(index="rank", columns="alpha", values="validation")
     fig, ax = plt.subplots(figsize=(6, 0.45 * len(table) + 1), layout="constrained")
     values = 100 * table.to_numpy()

@@ -163,7 +163,9 @@ def test_fit_trains_as_a_plain_loop_over_padded_batches_does():
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("accuracies, best", [((0.9, 0.5, 0.6), 0), ((0.5, 0.9, 0.9), 1), ((0.1, 0.2, 0.3), 2)])
+@pytest.mark.parametrize("accuracies, best", [
+    ((0.9, 0.5, 0.6), 0), ((0.5, 0.9, 0.9), 1), ((0.1, 0.2, 0.3), 2),
+])
 def test_the_weights_of_the_first_best_epoch_are_kept(monkeypatch, accuracies, best):
     data, measured = some_reviews(), iter(accuracies)
     monkeypatch.setattr(training, "accuracy", lambda *_: next(measured))
@@ -185,8 +187,9 @@ def test_keeping_the_best_needs_reviews_to_judge_by():
 def test_checkpointing_is_refused_before_the_first_step():
     model = small_bert()
     before = state(model)
+    settings = replace(SETTINGS, gradient_checkpointing=True)
     with pytest.raises(ValueError, match="smaller batch"):
-        fit(model, some_reviews(), replace(SETTINGS, gradient_checkpointing=True), CPU, forward=encoder_logits)
+        fit(model, some_reviews(), settings, CPU, forward=encoder_logits)
     assert same_state(model, before)
 
 
