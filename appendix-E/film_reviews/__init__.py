@@ -1,1 +1,1 @@
-"""Film reviews with labels (the Large Movie Review Dataset, short ones of our own), texts for next-token training."""
+"""Film reviews with labels: IMDb's and short ones of our own. Also texts for next-token training."""

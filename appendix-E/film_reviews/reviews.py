@@ -70,7 +70,8 @@ def read_reviews(path):
 def load_short_reviews(path=EMBEDDED_REVIEWS):
     """Return {"train", "validation", "test": DataFrame} of the short reviews: Text, Label (1: positive).
 
-    They were written for this repository; SHORT_SIZES are their numbers, half of each positive. Raises ValueError for a missing or damaged file.
+    They were written for this repository; SHORT_SIZES are their numbers, half of each positive. Raises
+    ValueError for a missing or damaged file.
     """
     try:
         lines = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False, index_col=False)

@@ -6,7 +6,14 @@ import pytest
 
 from book_assets import Choice
 from book_assets.table import EMBEDDED_TEXT
-from film_reviews.reviews import SIZES, load_labelled, load_reviews, load_short_reviews, load_texts, read_reviews
+from film_reviews.reviews import (
+    SIZES,
+    load_labelled,
+    load_reviews,
+    load_short_reviews,
+    load_texts,
+    read_reviews,
+)
 
 BOOK, EMBEDDED = Choice("embedded", "book"), Choice("embedded", "embedded")
 TRAIN = 'neg/0_3\tnull\nneg/2_1\tAn "open quotation mark<br /><br />next\nneg/3_4\tnull\npos/9_10\tÉlan\n'

@@ -122,7 +122,8 @@ def test_a_missing_file_is_made_again(tmp_path):
     lambda text: "", lambda text: text.partition("\n")[2], lambda text: text[: len(text) // 2],
     lambda text: text.rpartition("\ntest")[0] + "\n", lambda text: text.replace("positive\t", "good\t", 1),
     lambda text: text.replace("\t", " "), lambda text: text.replace("train", "training", 1),
-    lambda text: re.sub(r"positive\t.*", "positive\t", text, count=1), lambda text: text + "test\tpositive\tMore.\n",
+    lambda text: re.sub(r"positive\t.*", "positive\t", text, count=1),
+    lambda text: text + "test\tpositive\tMore.\n",
 ])
 def test_a_damaged_file_is_made_again(damage, tmp_path):
     path = tmp_path / "reviews.tsv"
