@@ -241,7 +241,8 @@ def test_reviews_above_the_limit_are_counted_as_cut():
 
 
 def test_margins_have_a_panel_each():
-    figure = plot_margins({"before": np.array([-0.1, 0, 0, 0.1]), "after": np.array([-1.0, -2, 1, 2])}, [0, 0, 1, 1])
+    margins = {"before": np.array([-0.1, 0, 0, 0.1]), "after": np.array([-1.0, -2, 1, 2])}
+    figure = plot_margins(margins, [0, 0, 1, 1])
     assert [ax.get_title() for ax in figure.axes] == ["before", "after"] and find_faults(figure) == []
 
 
