@@ -31,6 +31,9 @@ ORDER = {  # in reading order: notebook: (title, module)
         "What LoRA buys", "appendix-E/topics/what_lora_buys.py",
     ),
     "appendix-E/topics/lora-variants.ipynb": ("LoRA's relatives", "appendix-E/topics/lora_variants.py"),
+    "appendix-E/topics/encoder-reviews.ipynb": (
+        "LoRA in an encoder", "appendix-E/topics/encoder_reviews.py",
+    ),
 }
 FIRST_CELL = """\
 # In Colab: get the repository and its packages. Elsewhere: check that they are there.
