@@ -144,17 +144,31 @@ def row_losses(model, features, targets, rows=ROWS):
         yield cross_entropy(model.out_head(some).float(), wanted, reduction="sum")
 
 
-def backward_mean(model, inputs, targets, scale=lambda loss: loss, rows=ROWS):
+def choose_places(features, targets, places=None):
+    """Return features (K, D) and targets (K,) at the `places` (K,) of a batch (B, T); all if that is None."""
+    features, targets = features.flatten(0, 1), targets.flatten()
+    return (features, targets) if places is None else (features[places], targets[places])
+
+
+def summed_loss(model, inputs, targets, places=None):
+    """Return the loss () of inputs and targets (B, T), summed over tokens; `places` as in `backward_mean`."""
+    return sum(row_losses(model, *choose_places(model.features(inputs), targets, places)))
+
+
+def backward_mean(model, inputs, targets, places=None, *, scale=lambda loss: loss, rows=ROWS):
     """Add the gradient of the mean loss of inputs and targets (B, T); return that loss (), in nats per token.
 
+    - `places`: indices (K,) of the tokens that count, in the flattened batch; only their logits are computed
+      (None: all)
+    - `scale`: applied to each loss before its gradient is taken, see torch's GradScaler
+
     The loss's gradient with respect to the head's input is summed over groups of `rows` tokens, so that
-    never more than one group's logits are in memory, and is then taken through the rest of the model at
-    once. `scale` is applied to each loss before its gradient is taken, see torch's GradScaler.
+    never more than one group's logits are in memory, and is then taken through the rest of the model at once.
     """
-    features = model.features(inputs).flatten(0, 1)  # (B · T, D)
+    features, targets = choose_places(model.features(inputs), targets, places)  # (K, D), (K,)
     cut = features.detach().requires_grad_(features.requires_grad)
     total = 0.0
-    for loss in row_losses(model, cut, targets.flatten(), rows):
+    for loss in row_losses(model, cut, targets, rows):
         mean = loss / targets.numel()
         scale(mean).backward()
         total = total + mean.detach()
@@ -173,9 +187,7 @@ def mean_loss(model, windows, device, batch_size=8, precision="float32"):
     with restoring_mode(model), torch.inference_mode(), autocast(device, precision):
         model.eval()
         for indices in torch.arange(len(windows)).split(batch_size):
-            inputs, targets = take_windows(windows, indices, device)
-            features = model.features(inputs).flatten(0, 1)
-            total += sum(row_losses(model, features, targets.flatten())).item()
+            total += summed_loss(model, *take_windows(windows, indices, device)).item()
     return total / (len(windows) * (windows.shape[1] - 1))
 
 
@@ -209,19 +221,14 @@ def fit_text(model, windows, settings, device, validation=None, make_optimizer=a
     for some in (windows, *([] if validation is None else [validation])):
         check_windows(model, some)
     run = TextRun(model, settings, device, make_optimizer)
-    keep_freed_memory()
-    torch.manual_seed(settings.seed)
-    history = TextHistory()
-    bar = tqdm(total=settings.steps, desc="steps", disable=not settings.progress, leave=False)
-    with restoring_mode(model), bar:
-        run.validate(history, validation)
-        for batches in np.split(draw_batches(len(windows), settings), stops(settings)):
-            run.train(history, windows, batches)
-            run.validate(history, validation)
-            bar.update(len(batches))
-            bar.set_postfix(loss=f"{history.losses[-1]:.3f}")
-    check_divergence(run.trained, settings.steps)
-    return history
+    parts = np.split(draw_batches(len(windows), settings), stops(settings))
+
+    def measure():
+        return mean_loss(model, validation, device, precision=run.precision)
+
+    return run.fit(
+        parts, lambda indices: take_windows(windows, indices, device), None if validation is None else measure
+    )
 
 
 def stops(settings):
@@ -230,7 +237,10 @@ def stops(settings):
 
 
 class TextRun:
-    """The optimizer, schedule and scaler of one `fit_text`, and its steps."""
+    """The optimizer, schedule and scaler of one training on next tokens, and its steps.
+
+    Raises ValueError if nothing requires a gradient or it is not in float32.
+    """
 
     def __init__(self, model, settings, device, make_optimizer):
         self.model, self.settings, self.device = model, settings, device
@@ -248,19 +258,42 @@ class TextRun:
         fp16 = self.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=fp16)
 
-    def train(self, history, windows, batches):
+    def fit(self, parts, load, measure=None):
+        """Train on all batches, and return a `TextHistory`.
+
+        - `parts`: lists of batches, arrays (B,) of indices; there are `settings.steps` batches in all
+        - `load`: returns inputs and targets (B, T) of such a batch on the device, and the places that count
+          if not all do, see `backward_mean`
+        - `measure`: returns the validation loss; it is called before the first part and after each
+        """
+        keep_freed_memory()
+        torch.manual_seed(self.settings.seed)
+        history = TextHistory()
+        total, hidden = self.settings.steps, not self.settings.progress
+        bar = tqdm(total=total, desc="steps", disable=hidden, leave=False)
+        with restoring_mode(self.model), bar:
+            self.validate(history, measure)
+            for batches in parts:
+                self.train(history, load, batches)
+                self.validate(history, measure)
+                bar.update(len(batches))
+                bar.set_postfix(loss=f"{history.losses[-1]:.3f}")
+        check_divergence(self.trained, total)
+        return history
+
+    def train(self, history, load, batches):
         """Make one step for each of `batches`, arrays (B,); add the losses and the time to `history`."""
         self.model.train()
         start = time.perf_counter()
-        losses = [self.step(*take_windows(windows, indices, self.device)) for indices in batches]
+        losses = [self.step(*load(indices)) for indices in batches]
         history.losses += torch.stack(losses).tolist()  # one copy from the device: no step waits for it
         history.seconds += time.perf_counter() - start
         check_losses(history.losses)
 
-    def step(self, inputs, targets):
+    def step(self, inputs, targets, places=None):
         """Make one optimizer step on inputs and targets (B, T); return their mean loss ()."""
         with autocast(self.device, self.precision):
-            loss = backward_mean(self.model, inputs, targets, self.scaler.scale)
+            loss = backward_mean(self.model, inputs, targets, places, scale=self.scaler.scale)
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip_norm)
         self.scaler.step(self.optimizer)
@@ -269,8 +302,7 @@ class TextRun:
         self.optimizer.zero_grad()
         return loss
 
-    def validate(self, history, validation):
-        """Add the loss of the windows `validation`, unless they are None, to `history`."""
-        if validation is not None:
-            loss = mean_loss(self.model, validation, self.device, precision=self.precision)
-            history.validation[len(history.losses)] = loss
+    def validate(self, history, measure):
+        """Add what `measure` returns, unless it is None, to `history`."""
+        if measure is not None:
+            history.validation[len(history.losses)] = measure()

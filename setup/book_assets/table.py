@@ -11,6 +11,9 @@ EMBEDDED_MODEL = REPOSITORY / "ch05" / "gpt2-tiny"
 EMBEDDED_TEXT = REPOSITORY / "ch05" / "short-story.txt"
 EMBEDDED_MESSAGES = REPOSITORY / "ch06" / "sample_messages" / "SMSSpamCollection.tsv"
 EMBEDDED_REVIEWS = REPOSITORY / "appendix-E" / "film_reviews" / "short_reviews" / "reviews.tsv"
+EMBEDDED_INSTRUCTIONS = (
+    REPOSITORY / "appendix-E" / "instructions" / "short_instructions" / "instructions.json"
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,19 @@ IMDB = Asset(  # its MD5, by which others pin it, is 7c2ac02c03563afcf9b574c7e56
     sha256="c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
     licence="for research, cite Maas et al. 2011 (ACL)",
 )
+INSTRUCTIONS = Asset(
+    name="instructions",
+    filename="instruction-data.json",
+    sources=(
+        "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
+        "ch07/01_main-chapter-code/instruction-data.json",
+    ),
+    size=203524,
+    sha256="7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
+    licence="Apache-2.0, S. Raschka",
+)
+TEXTS = (SPAM, VERDICT, IMDB, INSTRUCTIONS)
 ASSETS = {
     asset.name: asset
-    for asset in (*(a for size in CHECKPOINTS for a in gpt2_assets(size)), *bpe_assets(), SPAM, VERDICT, IMDB)
+    for asset in (*(a for size in CHECKPOINTS for a in gpt2_assets(size)), *bpe_assets(), *TEXTS)
 }
