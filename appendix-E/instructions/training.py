@@ -5,14 +5,13 @@ length, and logits are computed only for targets that count.
 Shapes in comments: B entries, T tokens in the longest one, K targets that count, N entries in all.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from fast_path.batches import length_batches
-from fast_path.settings import OptimizerSettings, setting
+from fast_path.settings import PRECISIONS, OptimizerSettings, setting
 from fast_path.training import autocast
 from instructions.collate import collate, places_of
 from language_model.training import TextRun, TextSettings, restoring_mode, summed_loss
@@ -29,7 +28,7 @@ class InstructionSettings(OptimizerSettings):
     batch_size: int = setting(8, "entries per step")
     learning_rate: float = setting(5e-5, "AdamW's learning rate")
     seed: int = setting(123, "random seed of LoRA's A, dropout and the order of entries")
-    precision: str = setting("float32", "of products", choices=("auto", "float32", "bf16", "fp16"))
+    precision: str = setting("float32", "of products", choices=("auto", *PRECISIONS))
     mask_prompt: bool = setting(False, "learn the answers alone, not the prompts")
     clip_norm: float = setting(1.0, "largest norm of the gradient; a longer one is scaled down to it")
     bucket: int = 4  # batches within which entries are sorted by length, see length_batches
@@ -108,8 +107,3 @@ def answer_loss(model, encoded, device, mask_prompt=True, batch_size=16, precisi
             total += summed_loss(model, *batch).item()
             count += len(batch[-1])
     return total / count
-
-
-def steps_of(entries, settings):
-    """Return the number of steps of a training on so many `entries`."""
-    return settings.epochs * math.ceil(entries / settings.batch_size)

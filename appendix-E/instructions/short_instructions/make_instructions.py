@@ -203,9 +203,9 @@ class Instructor:
 
     def animal(self, kinds):
         animals, *others = kinds.values()
-        right = {name: [({"given": x}, f"Yes, {x} is an animal.") for x in xs] for name, xs in animals.items()}
+        right = {name: [({"given": x}, "Yes, it is.") for x in xs] for name, xs in animals.items()}
         wrong = {
-            name: [({"given": x}, f"No, {x} is not an animal.") for x in self.shuffle(xs)]
+            name: [({"given": x}, "No, it is not.") for x in self.shuffle(xs)]
             for name, xs in join(*others).items()
         }
         return join(thin(right, 1 / 2), thin(wrong, 1 / 2))
@@ -233,9 +233,9 @@ class Instructor:
         allowed = wordings[-NEW:] if new else wordings[:-NEW]
         wording = allowed[int(self.draw() * len(allowed))]
         inside = "{word}" in wording or "{given}" in wording
+        given = f"{places['given']} {places.get('thing', '')}".strip()
         return Instruction(
-            part, task, " ".join(places.values()), new, wording.format(**places),
-            "" if inside else places["given"], answer,
+            part, task, given, new, wording.format(**places), "" if inside else places["given"], answer
         )
 
 
