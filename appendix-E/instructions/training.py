@@ -72,8 +72,8 @@ def check_encoded(model, encoded):
         raise ValueError("there are no entries: give some, encoded with encode_entry")
     if full := [number for number, (_, prompt) in enumerate(encoded) if prompt > context]:
         raise ValueError(
-            f"the prompts of {len(full)} entries, the first is number {full[0]}, fill the context of {context} "
-            "tokens: leave them out or take a model with a longer context"
+            f"the prompts of {len(full)} entries, the first is number {full[0]}, fill the context of "
+            f"{context} tokens: leave them out or take a model with a longer context"
         )
 
 

@@ -28,7 +28,7 @@ def test_every_source_is_https():
 def test_every_gpt2_has_its_seven_files_and_the_safetensors_file():
     for size in ("124M", "355M", "774M", "1558M"):
         assert sum(name.startswith(f"gpt2/{size}/") for name in ASSETS) == 8
-    assert len(ASSETS) == 4 * 8 + 2 + 3
+    assert len(ASSETS) == 4 * 8 + 2 + 4
 
 
 def test_pins_are_hashes_with_sizes_and_the_small_model_and_the_data_are_pinned():
@@ -52,7 +52,10 @@ def test_the_embedded_vocabulary_is_the_pinned_one():
 
 
 def test_the_pins_are_those_of_the_real_files(book_data):
-    for name, file in (("the-verdict", "the-verdict.txt"), ("gpt2-bpe/vocab.bpe", "gpt2_bpe/vocab.bpe")):
+    for name, file in (
+        ("the-verdict", "the-verdict.txt"), ("gpt2-bpe/vocab.bpe", "gpt2_bpe/vocab.bpe"),
+        ("instructions", "instruction-data.json"),
+    ):
         content = (book_data / file).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (ASSETS[name].size, ASSETS[name].sha256)
     content = (book_data / "sms_spam_collection" / "SMSSpamCollection").read_bytes()

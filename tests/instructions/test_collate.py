@@ -51,11 +51,11 @@ def test_it_is_the_books_rule(encoded, mask_prompt, max_length):
 @given(ENTRIES)
 def test_the_mask_is_not_off_by_one(encoded):
     inputs, targets = collate(encoded, mask_prompt=True)
-    for (ids, prompt), given, row in zip(encoded, inputs, targets, strict=True):
+    for (ids, prompt), ours, row in zip(encoded, inputs, targets, strict=True):
         real = row[row != IGNORED].tolist()
         assert real == [*ids[prompt:], END]  # the whole answer, and its end
         first = int((row != IGNORED).nonzero()[0])
-        assert first == prompt - 1 and given[first] == ids[prompt - 1]
+        assert first == prompt - 1 and ours[first] == ids[prompt - 1]
 
 
 @given(ENTRIES, st.booleans())

@@ -1,4 +1,4 @@
-"""Instructions are loaded in fixed parts; a prompt is the beginning of its text, in characters and in tokens."""
+"""Instructions come in fixed parts; a prompt is the beginning of its text, in characters and in tokens."""
 
 import json
 from dataclasses import replace

@@ -16,7 +16,7 @@ CHAPTERS = {"ch06", "ch05", "ch04"}
 SHARED = {"book_assets", "book_figures"}
 BELOW_SPAM_CLASSIFIER = {"lora", "fast_path", "appendix_e"} | CHAPTERS | SHARED
 BELOW_APPLICATIONS = {"spam_classifier"} | BELOW_SPAM_CLASSIFIER
-BELOW_COMPARISON = {"film_reviews", "language_model"} | BELOW_APPLICATIONS
+BELOW_COMPARISON = {"film_reviews", "instructions", "language_model"} | BELOW_APPLICATIONS
 LAYERS = {  # from the top: each folder, or file of appendix-E or setup, and what it may import besides itself
     "topics": {"comparison"} | BELOW_COMPARISON,
     "comparison": BELOW_COMPARISON,
@@ -25,6 +25,7 @@ LAYERS = {  # from the top: each folder, or file of appendix-E or setup, and wha
     "finetune_spam": BELOW_APPLICATIONS,
     "listings": CHAPTERS,
     "spam_classifier": BELOW_SPAM_CLASSIFIER,
+    "instructions": {"language_model", "lora", "fast_path", "appendix_e"} | CHAPTERS | SHARED,
     "language_model": {"fast_path", "appendix_e"} | CHAPTERS | SHARED,
     "film_reviews": {"lora"} | CHAPTERS | SHARED,
     "lora": {"appendix_e"},  # a project copies these two

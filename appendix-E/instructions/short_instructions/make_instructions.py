@@ -1,7 +1,7 @@
 """Write the short instructions with their answers from the words and wordings in words.txt.
 
-There are 15 tasks with 52 entries each. What a task works on (a word, a sentence) is used once, so in one part
-of the data only. Half of the entries for testing also have a wording that occurs nowhere else. Rewrite
+There are 15 tasks with 52 entries each. What a task works on (a word, a sentence) is used once, so in one
+part of the data only. Half of the entries for testing also have a wording that occurs nowhere else. Rewrite
 the file with
 
     python appendix-E/instructions/short_instructions/make_instructions.py

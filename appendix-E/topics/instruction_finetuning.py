@@ -1,0 +1,288 @@
+"""Chapter 7's task with LoRA: a GPT-2 that answers instructions.
+
+    python appendix-E/topics/instruction_finetuning.py finetune --assets embedded --output instructions
+    python appendix-E/topics/instruction_finetuning.py ask --adapter instructions "Say hello to Mary."
+    python appendix-E/topics/instruction_finetuning.py compare --assets embedded
+
+`finetune` writes the adapter (or, with --method full, the model), results.json and answers.json into the
+folder `--output`. `compare` trains all APPROACHES; a finished run is a line of JSON in its file, and none is
+repeated.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+try:
+    from book_assets.command_line import add_assets_flag, command
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}: start with python setup/run_main.py, which installs everything")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from appendix_e import count_parameters, freeze
+from book_assets import choose_assets, get_tokenizer
+from book_assets.files import check_outputs, write_whole
+from book_figures import PALETTE
+from ch04 import pick_device
+from ch05 import load_checkpoint, save_checkpoint
+from comparison.grid import RATES, SEEDS, find_or_run, run_grid
+from comparison.instructions import EPOCHS, InstructionTask
+from fast_path.settings import HelpFormatter, add_flags, check_count, take_flags
+from instructions.data import check_entries
+from instructions.scores import answer, score_answers
+from instructions.training import InstructionSettings
+from language_model.training import load_language_model
+from lora.adapters import load_adapter, read_adapter, save_adapter
+from lora.files import WEIGHTS_FILE
+from lora.layers import apply_lora, print_parameters
+
+RUNS = Path(__file__).with_name("instruction-finetuning.jsonl")
+MODEL_FILE, RESULTS_FILE, ANSWERS_FILE = "model.pth", "results.json", "answers.json"
+FLAGS = ("learning_rate", "batch_size", "seed", "weight_decay", "precision", "mask_prompt")
+PUBLISHED = {  # LLMs-from-scratch, ch07/01_main-chapter-code/exercise-solutions: GPT-2 355M, Llama 3 as judge
+    "all weights": 49.45, "all weights, prompt masked": 47.73, "LoRA": 50.23,
+}
+
+
+# What trains
+
+
+@dataclass(frozen=True)
+class Approach:
+    """What trains: "lora" in all linear layers, "full", all weights, or "none"; and on which tokens.
+
+    - `rank`, `alpha`: LoRA's; alpha is the scale itself, as printed
+    - `mask_prompt`: learn the answers alone, not the prompts
+    """
+
+    title: str
+    method: str = "lora"
+    mask_prompt: bool = False
+    rank: int = 16
+    alpha: float = 16.0
+
+    def adapt(self, model):
+        """Freeze `model`, put in or choose what trains, and return it."""
+        if self.method == "lora":
+            return apply_lora(model, self.rank, self.alpha, "all")
+        freeze(model)
+        return model.requires_grad_(self.method == "full")
+
+
+BASE = Approach("base model", method="none")
+APPROACHES = (
+    Approach("LoRA"),
+    Approach("LoRA, prompt masked", mask_prompt=True),
+    Approach("all weights", method="full"),
+    Approach("all weights, prompt masked", method="full", mask_prompt=True),
+)
+
+
+# Saving and loading
+
+
+def save_model(model, config, approach, size, folder):
+    """Write what was trained into `folder`: an adapter, or with the method "full" a checkpoint."""
+    if approach.method == "lora":
+        save_adapter(model, folder, {"size": size})
+    else:
+        save_checkpoint(Path(folder, MODEL_FILE), model, config)
+
+
+def load_tuned_model(folder, device):
+    """Return the model that `finetune` wrote into `folder`, on `device`.
+
+    Raises FileNotFoundError if there is none, and what loading it raises.
+    """
+    if Path(folder, MODEL_FILE).exists():
+        return load_checkpoint(Path(folder, MODEL_FILE), device)[0]
+    notes = read_adapter(folder).notes
+    if "size" not in notes:
+        raise ValueError(f"{folder} is another task's adapter: take one that `finetune` has written here")
+    model, _ = load_language_model(notes["size"])
+    return load_adapter(model, folder).to(device).eval()
+
+
+def pair_answers(entries, answers):
+    """Return the entries, each with the model's answer, to be written as JSON."""
+    return [{**entry, "answer": said} for entry, said in zip(entries, answers, strict=True)]
+
+
+# Tables and figures
+
+
+def show_answers(entries, columns, count=8):
+    """Return a DataFrame of `count` entries: task, instruction, input, right answer and {title: answers}."""
+    chosen = np.linspace(0, len(entries) - 1, count).round().astype(int)
+    rows = [
+        {
+            "instruction": entries[n]["instruction"], "input": entries[n]["input"],
+            "right": entries[n]["output"], **{title: answers[n] for title, answers in columns.items()},
+        }
+        for n in chosen
+    ]
+    return pd.DataFrame(rows, index=[entries[n].get("task", "") for n in chosen])
+
+
+def tabulate_scores(entries, columns):
+    """Return a DataFrame, a row per task: the exact matches in % of {title: answers}, and F1 over all."""
+    tables = {title: score_answers(entries, answers) for title, answers in columns.items()}
+    exact = pd.DataFrame({title: 100 * table["exact"] for title, table in tables.items()})
+    exact.loc["F1, all"] = {title: 100 * table.loc["all", "f1"] for title, table in tables.items()}
+    return exact.round(1)
+
+
+def tabulate_comparison(rows):
+    """Return a DataFrame of texts, a row per approach: rate, trained, scores in % and losses, mean ± spread.
+
+    The spread is one standard deviation of the seeds; of a single run there is none.
+    """
+    table = {}
+    final = pd.DataFrame([row for row in rows if not row["tuning"] and row["validation_loss"] is not None])
+    for title, runs in final.groupby("title", sort=False) if len(final) else ():
+        row = table[title] = {"rate": f"{runs['rate'].iloc[0]:g}", "trained": f"{runs['trained'].iloc[0]:,}"}
+        for column, factor, name, digits in (
+            ("test", 100, "exact (%)", 1), ("test_f1", 100, "F1 (%)", 1), ("test_loss", 1, "loss (nats)", 3),
+        ):
+            values = factor * runs[column]
+            spread = f" ± {values.std():.{digits}f}" if len(runs) > 1 else ""
+            row[name] = f"{values.mean():.{digits}f}{spread}"
+        row["runs"] = str(len(runs))
+    return pd.DataFrame(table).T
+
+
+def plot_training(histories):
+    """Return a Figure: the answers' validation loss of {title: TextHistory} over the steps, in nats."""
+    fig, ax = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
+    for title, history in histories.items():
+        ax.plot([*history.validation], [*history.validation.values()], marker="o", ms=4, label=title)
+    ax.set(xlabel="step", ylabel="loss of the answers\n(nats per token)", ylim=(0, None))
+    ax.legend()
+    return fig
+
+
+def plot_tasks(exact):
+    """Return a Figure of `tabulate_scores` without its last rows: a bar per task and column."""
+    tasks = exact.drop(["all", "F1, all"], errors="ignore")
+    fig, ax = plt.subplots(figsize=(7.5, 0.9 + 0.33 * len(tasks)), layout="constrained")
+    height = 0.8 / len(tasks.columns)
+    for number, (title, color) in enumerate(zip(tasks, ("grey", "orange", "blue", "green"))):
+        places = np.arange(len(tasks)) + (number - (len(tasks.columns) - 1) / 2) * height
+        ax.barh(places, tasks[title], height, color=PALETTE[color], label=title)
+    ax.set_yticks(range(len(tasks)), tasks.index)
+    ax.invert_yaxis()
+    ax.set(xlabel="answers that are exactly right (%)", xlim=(0, 100))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
+
+
+# Command line
+
+
+def finetune_instructions(args):
+    """Train, answer the test part, print the scores, write everything into the folder `--output`."""
+    check_count("rank", args.rank)
+    folder = args.output
+    weights = WEIGHTS_FILE if args.method == "lora" else MODEL_FILE
+    check_outputs(*(folder / name for name in (weights, RESULTS_FILE, ANSWERS_FILE)))
+    choice, device = args.assets or choose_assets("book"), pick_device()
+    settings = chosen_settings(args, choice)
+    approach = Approach(args.method, args.method, settings.mask_prompt, args.rank, args.alpha)
+    print(choice)
+    task = InstructionTask(choice, device, settings, args.size)
+    model, history = task.train(approach, settings.learning_rate, settings.seed)
+    print_parameters(model)
+    save_model(model, task.config, approach, task.size, folder)
+    answers = task.answers(model)
+    scores = score_answers(task.parts["test"], answers)
+    results = {
+        **task.about, "settings": asdict(settings), "approach": asdict(approach), "seconds": history.seconds,
+        "trained": count_parameters(model)[0], "losses": history.losses, "validation": history.validation,
+        "scores": scores.to_dict("index"),
+    }
+    write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    pairs = pair_answers(task.parts["test"], answers)
+    write_whole(folder / ANSWERS_FILE, json.dumps(pairs, indent=1, ensure_ascii=False) + "\n")
+    for step, loss in history.validation.items():
+        print(f"step {step}: validation loss of the answers {loss:.3f}")
+    print(scores.round(3).to_string())
+    files = f"{weights}, {RESULTS_FILE} and {ANSWERS_FILE}"
+    print(f"{history.seconds:.0f} s of training; {files} written to {folder}")
+
+
+def chosen_settings(args, choice):
+    """Return the `InstructionSettings` of the command line; epochs by default those of the data."""
+    settings = replace(InstructionSettings(), progress=sys.stderr.isatty())
+    epochs = EPOCHS[choice.data] if args.epochs is None else args.epochs
+    return take_flags(settings, {**vars(args), "epochs": epochs})
+
+
+def ask(args):
+    """Print the model's answer to one instruction."""
+    (entry,) = check_entries([{"instruction": args.instruction, "input": args.input, "output": ""}])
+    model = load_tuned_model(args.adapter, pick_device())
+    print(answer(model, get_tokenizer(), entry, args.max_new_tokens))
+
+
+def compare_approaches(args):
+    """Give each approach its learning rate, train it with all seeds, and print the table."""
+    check_outputs(args.output)
+    choice = args.assets or choose_assets("embedded")
+    settings = chosen_settings(args, choice)
+    task = InstructionTask(choice, pick_device(), settings, args.size)
+    chosen = [each for each in APPROACHES if not args.only or each.title in args.only]
+    base = find_or_run(task, BASE, args.output, print, 0.0, 0, tuning=False)
+    runs = run_grid(task, chosen, args.output, args.rates, args.seeds)
+    print(tabulate_comparison([base, *runs.to_dict("records")]).to_string())
+
+
+def add_training_flags(parser, default):
+    """Give `parser` the flags of data, model and training."""
+    add_assets_flag(parser, default=default)
+    parser.add_argument("--size", default="124M", help="of OpenAI's GPT-2: 124M, 355M, 774M or 1558M")
+    parser.add_argument("--epochs", type=int, help=f"default: {EPOCHS}")
+
+
+def build_command_line():
+    """Return the parser of the commands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    tune = commands.add_parser("finetune", help="train once", formatter_class=HelpFormatter)
+    add_training_flags(tune, "book")
+    tune.add_argument("--method", choices=("lora", "full"), default="lora", help="LoRA or all weights")
+    tune.add_argument("--rank", type=int, default=Approach.rank, help="LoRA's")
+    tune.add_argument("--alpha", type=float, default=Approach.alpha, help="LoRA's scale itself")
+    add_flags(tune, InstructionSettings(), FLAGS)
+    tune.add_argument("--output", type=Path, default=Path("instructions"), help="folder of the results")
+    tune.set_defaults(run=finetune_instructions)
+    one = commands.add_parser("ask", help="answer one instruction", formatter_class=HelpFormatter)
+    one.add_argument("instruction")
+    one.add_argument("--input", default="", help="what the instruction is about")
+    one.add_argument("--adapter", type=Path, required=True, help="folder that finetune has written")
+    one.add_argument("--max-new-tokens", type=int, default=40, help="of the answer, at most")
+    one.set_defaults(run=ask)
+    grid = commands.add_parser("compare", help="train every approach", formatter_class=HelpFormatter)
+    add_training_flags(grid, "embedded")
+    grid.add_argument("--output", type=Path, default=RUNS, help="file of finished runs")
+    titles = [each.title for each in APPROACHES]
+    grid.add_argument("--only", nargs="+", choices=titles, help="these alone")
+    grid.add_argument("--rates", type=float, nargs="+", default=RATES, help="grid of learning rates")
+    grid.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the comparison")
+    grid.set_defaults(run=compare_approaches)
+    return parser
+
+
+@command
+def main(arguments=None):
+    """Run one command, see --help."""
+    args = build_command_line().parse_args(arguments)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

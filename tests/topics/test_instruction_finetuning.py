@@ -1,0 +1,173 @@
+"""Fine-tuning on instructions from the command line, asking the result, tables and figures."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import comparison.instructions
+from appendix_e import count_parameters
+from comparison.grid import read_rows
+from figures import find_faults
+from language_model.training import TextHistory, load_language_model
+from models import small_gpt
+from topics import instruction_finetuning
+from topics.instruction_finetuning import (
+    APPROACHES,
+    BASE,
+    Approach,
+    main,
+    pair_answers,
+    plot_tasks,
+    plot_training,
+    show_answers,
+    tabulate_comparison,
+    tabulate_scores,
+)
+
+ENTRIES = [
+    {"task": task, "instruction": f"Do {n}.", "input": "", "output": f"It is {n}."}
+    for n, task in enumerate(("plural", "plural", "past", "past"))
+]
+RIGHT = [entry["output"] for entry in ENTRIES]
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Take four entries of each part, and short answers."""
+    load = comparison.instructions.load_instructions
+    monkeypatch.setattr(
+        comparison.instructions, "load_instructions",
+        lambda choice: {name: part[:4] for name, part in load(choice).items()},
+    )
+    monkeypatch.setitem(comparison.instructions.ANSWER_TOKENS, "embedded", 3)
+
+
+def run(capsys, *arguments):
+    """Return (exit code or None, output) of the command."""
+    code = None
+    try:
+        main([str(each) for each in arguments])
+    except SystemExit as error:
+        code = error.code
+    return code, capsys.readouterr().out
+
+
+def test_what_an_approach_trains():
+    for approach, count in ((BASE, 0), (Approach("", rank=2), 2 * (2 * (4 * 48 + 2 * 120) + 24 + 2))):
+        assert count_parameters(approach.adapt(small_gpt()))[0] == count
+    model = Approach("", method="full").adapt(small_gpt())
+    assert count_parameters(model)[0] == count_parameters(model)[1]
+    assert len({each.title for each in (*APPROACHES, BASE)}) == 5
+
+
+@pytest.mark.parametrize("method, file", [("lora", "lora.safetensors"), ("full", "model.pth")])
+def test_finetuning_writes_model_results_and_answers_that_can_be_asked(method, file, tmp_path, capsys):
+    folder = tmp_path / "tuned"
+    code, out = run(
+        capsys, "finetune", "--assets", "embedded", "--method", method, "--rank", 2, "--epochs", 1,
+        "--learning-rate", 1e-3, "--mask-prompt", "--output", folder,
+    )
+    assert code is None and "validation loss of the answers" in out
+    assert {path.name for path in folder.iterdir()} == {file, "results.json", "answers.json"}
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert results["settings"]["mask_prompt"] and results["approach"]["method"] == method
+    assert results["scores"]["all"]["entries"] == 4 and len(results["losses"]) == 1
+    answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    entry = answers[0]
+    arguments = ("--input", entry["input"], "--adapter", folder, "--max-new-tokens", 3)
+    code, out = run(capsys, "ask", entry["instruction"], *arguments)
+    assert code is None and out.strip() == entry["answer"].strip()
+
+
+def test_comparing_runs_the_base_model_once_and_goes_on_where_it_stopped(tmp_path, capsys):
+    file = tmp_path / "runs.jsonl"
+    arguments = ("compare", "--assets", "embedded", "--only", "LoRA", "--epochs", 1, "--rates", 1e-3,
+                 "--seeds", 1, "--output", file)
+    code, out = run(capsys, *arguments)
+    assert code is None and "base model" in out and "LoRA" in out
+    rows = read_rows(file)
+    assert [(row["title"], row["tuning"]) for row in rows] == [
+        ("base model", False), ("LoRA", True), ("LoRA", False)
+    ]
+    before = file.read_bytes()
+    assert run(capsys, *arguments)[0] is None and file.read_bytes() == before
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("finetune", "--rank", 0), "rank must be at least 1"),
+    (("finetune", "--epochs", 0), "epochs must be at least 1"),
+    (("finetune", "--size", "355M"), "one size, tiny"),
+    (("finetune", "--learning-rate", 0), "learning_rate"),
+    (("ask", "--adapter", "nothing", "Say hello."), "nothing"),
+    (("ask", "--adapter", "nothing", " "), "must not be empty"),
+    (("compare", "--output", "."), "folder"),
+])
+def test_a_users_mistake_is_one_line(tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLM_ASSETS", "embedded")
+    code, _ = run(capsys, *arguments)
+    assert isinstance(code, str) and code.startswith("error: ") and words in code and "\n" not in code
+
+
+def test_another_tasks_adapter_is_refused(tmp_path, capsys):
+    model, _ = load_language_model("tiny")
+    instruction_finetuning.save_adapter(Approach("", rank=1).adapt(model), tmp_path)
+    code, _ = run(capsys, "ask", "--adapter", tmp_path, "Say hello.")
+    assert "another task's adapter" in code
+
+
+# Tables and figures
+
+
+def test_answers_stand_beside_the_entries():
+    assert pair_answers(ENTRIES[:1], ["a"]) == [{**ENTRIES[0], "answer": "a"}]
+    table = show_answers(ENTRIES, {"base": [*"abcd"]}, count=2)
+    assert table.index.tolist() == ["plural", "past"] and table["base"].tolist() == ["a", "d"]
+    assert [*table.columns] == ["instruction", "input", "right", "base"]
+
+
+def test_the_scores_of_several_models_stand_side_by_side():
+    table = tabulate_scores(ENTRIES, {"base": [""] * 4, "ours": [*RIGHT[:3], "no"]})
+    assert table["ours"].to_dict() == {"past": 50.0, "plural": 100.0, "all": 75.0, "F1, all": 75.0}
+    assert not table["base"].any()
+
+
+def made_up(**changes):
+    return {"title": "LoRA", "tuning": False, "rate": 1e-3, "trained": 1000, "validation_loss": 1.0,
+            "test": 0.5, "test_f1": 0.75, "test_loss": 1.0, **changes}
+
+
+def test_the_comparison_has_means_and_spreads_of_the_seeds():
+    rows = [made_up(title="base model"), made_up(), made_up(test=0.7), made_up(tuning=True, test=0.0)]
+    table = tabulate_comparison(rows)
+    assert table.index.tolist() == ["base model", "LoRA"]
+    assert table.loc["LoRA", "exact (%)"] == "60.0 ± 14.1" and table.loc["LoRA", "runs"] == "2"
+    assert table.loc["base model", "exact (%)"] == "50.0"
+    assert tabulate_comparison([]).empty
+
+
+def test_a_figure_has_a_curve_per_training_and_a_bar_per_task():
+    histories = {"LoRA": TextHistory(validation={0: 5.0, 10: 2.0}), "all": TextHistory(validation={0: 5.0})}
+    figure = plot_training(histories)
+    assert [line.get_ydata().tolist() for line in map(as_arrays, figure.axes[0].lines)] == [[5, 2], [5]]
+    assert find_faults(figure) == []
+    exact = pd.DataFrame({"base": [0.0, 10, 5, 20], "LoRA": [50.0, 60, 55, 70]},
+                         index=["past", "plural", "all", "F1, all"])
+    figure = plot_tasks(exact)
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [0, 10, 50, 60]
+    assert find_faults(figure) == []
+
+
+def as_arrays(line):
+    line.set_ydata(np.asarray(line.get_ydata()))
+    return line
+
+
+def test_the_model_is_asked_in_evaluation_mode(tmp_path):
+    model, _ = load_language_model("tiny")
+    instruction_finetuning.save_adapter(Approach("", rank=1).adapt(model), tmp_path, {"size": "tiny"})
+    loaded = instruction_finetuning.load_tuned_model(tmp_path, torch.device("cpu"))
+    assert not loaded.training
