@@ -22,8 +22,9 @@ from make_environment import WITHOUT_DEPENDENCIES
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUR_MODULES = (
     "ch04", "ch05", "gpt_download", "ch06", "appendix_e", "finetune_spam", "lora_in_practice",
-    "comparison.costs", "comparison.grid", "comparison.tasks", "topics.inside_lora", "topics.lora_variants",
-    "topics.what_lora_buys", "fetch_assets", "book_figures",
+    "comparison.costs", "comparison.grid", "comparison.tasks", "topics.inside_lora",
+    "topics.instruction_finetuning", "topics.lora_variants", "topics.what_lora_buys", "fetch_assets",
+    "book_figures",
 )  # and, through these, the other rooms of appendix E and book_assets
 
 

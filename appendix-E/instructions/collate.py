@@ -26,7 +26,7 @@ def collate(encoded, mask_prompt=False, max_length=None):
         row = torch.tensor([*ids, END])
         wanted = row[1:].clone()
         if mask_prompt:
-            wanted[: prompt - 1] = IGNORED  # the prompt's last token predicts the answer's first
+            wanted[: prompt - 1] = IGNORED  # its last token predicts the answer's first
         inputs.append(row[:-1][:max_length])
         targets.append(wanted[:max_length])
     check_targets(targets)

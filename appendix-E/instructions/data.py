@@ -34,7 +34,7 @@ def load_instructions(choice, asset=ASSETS["instructions"]):
     if choice.data == "embedded":
         return load_short_instructions()
     path = fetch(asset, in_cache(asset.folder))
-    entries = check_entries(read_json(path, "delete it, and it is downloaded again"))
+    entries = check_entries(read_instructions(path, "delete it, and it is downloaded again"))
     first, second = int(TRAIN * len(entries)), int(TRAIN * len(entries)) + int(TEST * len(entries))
     parts = entries[:first], entries[second:], entries[first:second]
     return dict(zip(SPLITS, parts, strict=True))
@@ -47,13 +47,13 @@ def load_short_instructions(path=EMBEDDED_INSTRUCTIONS):
     ValueError for a missing or damaged file.
     """
     remedy = "restore it with python appendix-E/instructions/short_instructions/make_instructions.py"
-    parts = read_json(path, remedy)
+    parts = read_instructions(path, remedy)
     if not isinstance(parts, dict) or [*parts] != [*SPLITS]:
         raise ValueError(f"{path} has not the parts {', '.join(SPLITS)}: {remedy}")
     return {name: check_entries(entries) for name, entries in parts.items()}
 
 
-def read_json(path, remedy):
+def read_instructions(path, remedy):
     """Return the content of a JSON file; raise ValueError with the `remedy` if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -83,7 +83,8 @@ def format_prompt(entry):
     has no section. Source: section 7.2; Taori et al. 2023 (Stanford Alpaca).
     """
     given = f"\n\n### Input:\n{entry['input']}" if entry["input"] else ""
-    return f"{PREAMBLE}\n\n### Instruction:\n{entry['instruction']}{given}\n\n### Response:\n"
+    asked = f"### Instruction:\n{entry['instruction']}{given}"
+    return f"{PREAMBLE}\n\n{asked}\n\n### Response:\n"
 
 
 def encode_entry(entry, tokenizer):

@@ -41,12 +41,9 @@ from lora.adapters import load_adapter, read_adapter, save_adapter
 from lora.files import WEIGHTS_FILE
 from lora.layers import apply_lora, print_parameters
 
-RUNS = Path(__file__).with_name("instruction-finetuning.jsonl")
+INSTRUCTION_RUNS = Path(__file__).with_name("instruction-finetuning.jsonl")
 MODEL_FILE, RESULTS_FILE, ANSWERS_FILE = "model.pth", "results.json", "answers.json"
-FLAGS = ("learning_rate", "batch_size", "seed", "weight_decay", "precision", "mask_prompt")
-PUBLISHED = {  # LLMs-from-scratch, ch07/01_main-chapter-code/exercise-solutions: GPT-2 355M, Llama 3 as judge
-    "all weights": 49.45, "all weights, prompt masked": 47.73, "LoRA": 50.23,
-}
+TUNING_FLAGS = ("learning_rate", "batch_size", "seed", "weight_decay", "precision", "mask_prompt")
 
 
 # What trains
@@ -257,7 +254,7 @@ def build_command_line():
     tune.add_argument("--method", choices=("lora", "full"), default="lora", help="LoRA or all weights")
     tune.add_argument("--rank", type=int, default=Approach.rank, help="LoRA's")
     tune.add_argument("--alpha", type=float, default=Approach.alpha, help="LoRA's scale itself")
-    add_flags(tune, InstructionSettings(), FLAGS)
+    add_flags(tune, InstructionSettings(), TUNING_FLAGS)
     tune.add_argument("--output", type=Path, default=Path("instructions"), help="folder of the results")
     tune.set_defaults(run=finetune_instructions)
     one = commands.add_parser("ask", help="answer one instruction", formatter_class=HelpFormatter)
@@ -268,7 +265,7 @@ def build_command_line():
     one.set_defaults(run=ask)
     grid = commands.add_parser("compare", help="train every approach", formatter_class=HelpFormatter)
     add_training_flags(grid, "embedded")
-    grid.add_argument("--output", type=Path, default=RUNS, help="file of finished runs")
+    grid.add_argument("--output", type=Path, default=INSTRUCTION_RUNS, help="file of finished runs")
     titles = [each.title for each in APPROACHES]
     grid.add_argument("--only", nargs="+", choices=titles, help="these alone")
     grid.add_argument("--rates", type=float, nargs="+", default=RATES, help="grid of learning rates")

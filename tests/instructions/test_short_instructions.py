@@ -33,7 +33,7 @@ def test_every_task_has_as_many_entries_in_each_part(entries):
     counts = Counter((entry.part, entry.task) for entry in entries)
     tasks = {entry.task for entry in entries}
     assert len(tasks) == 15
-    assert counts == {(part, task): n for part, n in generator.COUNTS.items() for task in tasks}
+    assert counts == {(part, task): n for part, n in generator.PER_TASK.items() for task in tasks}
 
 
 def test_what_a_task_works_on_occurs_once(entries):
@@ -110,7 +110,7 @@ def test_who_has_a_thing_is_the_one_before_it(entries):
 def test_numbers_differ_and_half_of_the_things_are_animals(entries):
     assert all(len({*entry.given.split(" and ")}) == 2 for entry in of_task(entries, "larger"))
     answers = Counter((e.part, e.output.split(",")[0]) for e in of_task(entries, "animal"))
-    assert answers == {(part, word): n / 2 for part, n in generator.COUNTS.items() for word in ("Yes", "No")}
+    assert answers == {(part, word): n / 2 for part, n in generator.PER_TASK.items() for word in ("Yes", "No")}
 
 
 def test_every_text_is_plain_english_without_notation(entries):
@@ -130,7 +130,7 @@ def test_the_file_gives_the_entries_with_their_tasks(entries):
 @pytest.mark.parametrize("count", [13, 26, 52])
 def test_a_list_is_shared_out_in_the_proportion_of_the_parts(count):
     parts = generator.share([*range(count)])
-    assert {name: len(part) * generator.TOTAL / count for name, part in parts.items()} == generator.COUNTS
+    assert {name: len(part) * generator.TOTAL / count for name, part in parts.items()} == generator.PER_TASK
     assert sorted(item for part in parts.values() for item in part) == [*range(count)]
 
 

@@ -14,6 +14,7 @@ LORA = tuple(
     for name in ("targets", "layers", "wrappers", "adapters", "files", "peft_format", "peft_tensors")
 )
 SPAM = ("appendix-E/spam_classifier/evaluation", "appendix-E/spam_classifier/experiments")
+INSTRUCTIONS = tuple(f"appendix-E/instructions/{name}" for name in ("data", "collate", "training", "scores"))
 REVIEWS = ("appendix-E/film_reviews/encoder", "appendix-E/comparison/reviews")
 MIRRORS = {  # notebook: the modules whose definitions it shows
     "ch04/ch04": ("ch04/ch04",),
@@ -24,6 +25,9 @@ MIRRORS = {  # notebook: the modules whose definitions it shows
     "appendix-E/topics/what-lora-buys": ("appendix-E/topics/what_lora_buys", *SPAM),
     "appendix-E/topics/lora-variants": ("appendix-E/topics/lora_variants",),
     "appendix-E/topics/encoder-reviews": ("appendix-E/topics/encoder_reviews", *REVIEWS),
+    "appendix-E/topics/instruction-finetuning": (
+        "appendix-E/topics/instruction_finetuning", *INSTRUCTIONS,
+    ),
 }
 
 # What is in a notebook alone, and why.
@@ -32,6 +36,7 @@ TRY_OUT = "tries a definition out, in the notebook alone"
 NOTEBOOK_ONLY = {
     "count": TRY_OUT, "relative_change": DRAWING, "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
     "LastRealToken": TRY_OUT, "distilbert": TRY_OUT, "spam_probability": DRAWING, "new_model": TRY_OUT,
+    "crossing": DRAWING, "by_wording": DRAWING,
 }
 
 BOOK_NAMES = {

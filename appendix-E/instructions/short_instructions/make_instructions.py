@@ -19,12 +19,12 @@ from book_assets.command_line import command
 from book_assets.files import check_outputs, write_whole
 from book_assets.table import EMBEDDED_INSTRUCTIONS
 
-WORDS = Path(__file__).resolve().parent / "words.txt"
-COUNTS = {"train": 36, "validation": 4, "test": 12}  # entries of a task
-TOTAL = sum(COUNTS.values())
+WORD_LISTS = Path(__file__).resolve().parent / "words.txt"
+PER_TASK = {"train": 36, "validation": 4, "test": 12}  # entries of a task
+TOTAL = sum(PER_TASK.values())
 NEW = 2  # wordings of a task, its last ones, that only the test part has
 NUMBERS = ("two", "three", "four", "five", "six")
-KINDS = {  # list of words: what is answered
+KIND_ANSWERS = {  # list of words: what is answered
     "animals": "It is an animal.", "food": "It is food.", "clothing": "It is clothing.",
     "body": "It is a part of the body.",
 }
@@ -43,7 +43,7 @@ class Instruction:
     output: str
 
 
-def read_words(path=WORDS):
+def read_words(path=WORD_LISTS):
     """Return {block: words} of a words file, each a tuple of its forms; of "say" blocks the lines."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     blocks = (block.strip().splitlines() for block in "\n".join(lines).split("== ")[1:])
@@ -59,8 +59,8 @@ def with_article(word):
 
 
 def share(items):
-    """Return {part: items}, the list cut in the proportion of COUNTS: the test part's come first."""
-    test, held_out = (len(items) * sum(map(COUNTS.get, names)) // TOTAL for names in (
+    """Return {part: items}, the list cut in the proportion of PER_TASK: the test part's come first."""
+    test, held_out = (len(items) * sum(map(PER_TASK.get, names)) // TOTAL for names in (
         ("test",), ("test", "validation"),
     ))
     return {"train": items[held_out:], "validation": items[test:held_out], "test": items[:test]}
@@ -68,12 +68,12 @@ def share(items):
 
 def join(*parts):
     """Return {part: items} with the items of several such dictionaries."""
-    return {name: [item for each in parts for item in each[name]] for name in COUNTS}
+    return {name: [item for each in parts for item in each[name]] for name in PER_TASK}
 
 
 def thin(parts, share):
-    """Return {part: items} with the first of each part's items, `share` of the number in COUNTS."""
-    return {name: items[: int(COUNTS[name] * share)] for name, items in parts.items()}
+    """Return {part: items} with the first of each part's items, `share` of the number in PER_TASK."""
+    return {name: items[: int(PER_TASK[name] * share)] for name, items in parts.items()}
 
 
 class Instructor:
@@ -199,7 +199,7 @@ class Instructor:
 
     def kinds(self):
         """Return {kind: {part: words with their articles}}: each word is in one part, for both tasks."""
-        return {kind: self.each(kind, with_article) for kind in KINDS}
+        return {kind: self.each(kind, with_article) for kind in KIND_ANSWERS}
 
     def animal(self, kinds):
         animals, *others = kinds.values()
@@ -212,7 +212,7 @@ class Instructor:
 
     def kind(self, kinds):
         return join(*(
-            {name: [({"given": x}, KINDS[kind]) for x in xs] for name, xs in thin(parts, 1 / 4).items()}
+            {name: [({"given": x}, KIND_ANSWERS[kind]) for x in xs] for name, xs in thin(parts, 1 / 4).items()}
             for kind, parts in kinds.items()
         ))
 
@@ -249,7 +249,7 @@ def make_instructions(seed=1):
         for number, item in enumerate(instructor.shuffle(items))
     ]
     return [
-        entry for part in COUNTS
+        entry for part in PER_TASK
         for entry in instructor.shuffle([entry for entry in entries if entry.part == part])
     ]
 
@@ -258,7 +258,7 @@ def format_entries(entries):
     """Return the entries as JSON, {part: [entry]} with an entry per line."""
     fields = ("task", "new_wording", "instruction", "input", "output")
     parts = []
-    for part in COUNTS:
+    for part in PER_TASK:
         lines = (
             json.dumps({name: getattr(entry, name) for name in fields})
             for entry in entries if entry.part == part
