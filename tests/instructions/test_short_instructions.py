@@ -110,7 +110,8 @@ def test_who_has_a_thing_is_the_one_before_it(entries):
 def test_numbers_differ_and_half_of_the_things_are_animals(entries):
     assert all(len({*entry.given.split(" and ")}) == 2 for entry in of_task(entries, "larger"))
     answers = Counter((e.part, e.output.split(",")[0]) for e in of_task(entries, "animal"))
-    assert answers == {(part, word): n / 2 for part, n in generator.PER_TASK.items() for word in ("Yes", "No")}
+    halves = {part: count / 2 for part, count in generator.PER_TASK.items()}
+    assert answers == {(part, word): halves[part] for part in halves for word in ("Yes", "No")}
 
 
 def test_every_text_is_plain_english_without_notation(entries):

@@ -211,9 +211,10 @@ class Instructor:
         return join(thin(right, 1 / 2), thin(wrong, 1 / 2))
 
     def kind(self, kinds):
+        quarters = {kind: thin(parts, 1 / 4) for kind, parts in kinds.items()}
         return join(*(
-            {name: [({"given": x}, KIND_ANSWERS[kind]) for x in xs] for name, xs in thin(parts, 1 / 4).items()}
-            for kind, parts in kinds.items()
+            {name: [({"given": x}, KIND_ANSWERS[kind]) for x in xs] for name, xs in parts.items()}
+            for kind, parts in quarters.items()
         ))
 
     def tasks(self):
