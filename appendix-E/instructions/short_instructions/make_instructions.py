@@ -1,8 +1,8 @@
 """Write the short instructions with their answers from the words and wordings in words.txt.
 
-There are 14 tasks with 52 entries each. What a task works on (a word, a sentence) is used once, so in one
-part of the data only. Half of the entries for testing also have a wording that occurs nowhere else. Rewrite
-the file with
+There are three tasks with 52 entries, one for each word of a list, and eight with 78, which combine words. What
+a task works on (a word, a sentence) is used once, so in one part of the data only. Half of the entries for
+testing also have a wording that occurs nowhere else. Rewrite the file with
 
     python appendix-E/instructions/short_instructions/make_instructions.py
 """
@@ -20,8 +20,8 @@ from book_assets.files import check_outputs, write_whole
 from book_assets.table import EMBEDDED_INSTRUCTIONS
 
 WORD_LISTS = Path(__file__).resolve().parent / "words.txt"
-PER_TASK = {"train": 36, "validation": 4, "test": 12}  # entries of a task
-TOTAL = sum(PER_TASK.values())
+PER_LIST = {"train": 36, "validation": 4, "test": 12}  # entries for a list of 52 words
+COMBINATIONS = 78  # entries of a task that combines words
 NEW = 2  # wordings of a task, its last ones, that only the test part has
 LARGEST = 20  # number to compare
 NUMBERS = ("two", "three", "four", "five", "six")
@@ -60,8 +60,8 @@ def with_article(word):
 
 
 def share(items):
-    """Return {part: items}, the list cut in the proportion of PER_TASK: the test part's come first."""
-    test, held_out = (len(items) * sum(map(PER_TASK.get, names)) // TOTAL for names in (
+    """Return {part: items}, the list cut in the proportion of PER_LIST: the test part's come first."""
+    test, held_out = (len(items) * sum(map(PER_LIST.get, names)) // sum(PER_LIST.values()) for names in (
         ("test",), ("test", "validation"),
     ))
     return {"train": items[held_out:], "validation": items[test:held_out], "test": items[:test]}
@@ -69,12 +69,12 @@ def share(items):
 
 def join(*parts):
     """Return {part: items} with the items of several such dictionaries."""
-    return {name: [item for each in parts for item in each[name]] for name in PER_TASK}
+    return {name: [item for each in parts for item in each[name]] for name in PER_LIST}
 
 
 def thin(parts, share):
-    """Return {part: items} with the first of each part's items, `share` of the number in PER_TASK."""
-    return {name: items[: int(PER_TASK[name] * share)] for name, items in parts.items()}
+    """Return {part: items} with the first of each part's items, `share` of the number in PER_LIST."""
+    return {name: items[: int(PER_LIST[name] * share)] for name, items in parts.items()}
 
 
 class Instructor:
@@ -108,32 +108,17 @@ class Instructor:
         return share([make(*forms) for forms in self.shuffle(self.words[name])])
 
     def draw_items(self, make):
-        """Return TOTAL different items of `make()`, shared out."""
+        """Return COMBINATIONS items of `make()`, all with another "given", shared out."""
         items = {}
-        while len(items) < TOTAL:
+        while len(items) < COMBINATIONS:
             places, answer = make()
-            items.setdefault(tuple(places.items()), (places, answer))
+            items.setdefault(places["given"], (places, answer))
         return share([*items.values()])
 
     # The tasks
 
     def plural(self):
         return self.each("nouns", lambda one, many: ({"word": one, "given": f"one {one}"}, f"two {many}"))
-
-    def past(self):
-        return self.each(
-            "verbs", lambda now, then: ({"word": now, "given": f"They {now}."}, f"They {then}.")
-        )
-
-    def opposite(self):
-        return self.each(
-            "opposites", lambda one, other: ({"word": one, "given": f"It is {one}."}, f"It is {other}.")
-        )
-
-    def first(self):
-        return self.each(
-            "common", lambda word: ({"word": word, "given": word}, f"The first letter is {word[0]}.")
-        )
 
     def greet(self):
         def make():
@@ -224,8 +209,7 @@ class Instructor:
     def tasks(self):
         """Return {task: {part: items}}."""
         names = (
-            "plural", "past", "opposite", "first", "greet", "last", "repeat", "count", "reverse", "larger",
-            "who", "colour",
+            "plural", "greet", "last", "repeat", "count", "reverse", "larger", "who", "colour",
         )
         kinds = self.kinds()
         items = {name: getattr(self, name)() for name in names}
@@ -254,7 +238,7 @@ def make_instructions(seed=1):
         for number, item in enumerate(instructor.shuffle(items))
     ]
     return [
-        entry for part in PER_TASK
+        entry for part in PER_LIST
         for entry in instructor.shuffle([entry for entry in entries if entry.part == part])
     ]
 
@@ -263,7 +247,7 @@ def format_entries(entries):
     """Return the entries as JSON, {part: [entry]} with an entry per line."""
     fields = ("task", "new_wording", "instruction", "input", "output")
     parts = []
-    for part in PER_TASK:
+    for part in PER_LIST:
         lines = (
             json.dumps({name: getattr(entry, name) for name in fields})
             for entry in entries if entry.part == part
