@@ -31,6 +31,9 @@ ORDER = {  # in reading order: notebook: (title, module)
         "What LoRA buys", "appendix-E/topics/what_lora_buys.py",
     ),
     "appendix-E/topics/lora-variants.ipynb": ("LoRA's relatives", "appendix-E/topics/lora_variants.py"),
+    "appendix-E/topics/lora-embedding-conv.ipynb": (
+        "LoRA for embeddings and convolutions", "appendix-E/topics/lora_embedding_conv.py",
+    ),
 }
 FIRST_CELL = """\
 # In Colab: get the repository and its packages. Elsewhere: check that they are there.

@@ -53,17 +53,22 @@ The library is open on # from nine to five.
 I met her last # at the station.
 They were married on a # in June.
 We usually have fish on # evening.""".split("\n"))
-SENTENCE_PARTS = {"train": 16, "validation": 6, "test": 10}  # sentences, drawn anew for each seed
+TEST_SENTENCES, TRAIN_SENTENCES = 10, 16  # the others are for validation
 
 
 # Data
 
 
 def split_sentences(seed):
-    """Return {part: sentences} of SENTENCES in an order that `seed` draws."""
-    order = torch.randperm(len(SENTENCES), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = iter([SENTENCES[place] for place in order])
-    return {name: [next(chosen) for _ in range(size)] for name, size in SENTENCE_PARTS.items()}
+    """Return {part: sentences} of SENTENCES.
+
+    `seed` draws what is for training and what for validation; test is the same for all seeds, so that no
+    sentence that has served to choose a learning rate is ever tested.
+    """
+    test, others = SENTENCES[:TEST_SENTENCES], SENTENCES[TEST_SENTENCES:]
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = [others[place] for place in order]
+    return {"train": drawn[:TRAIN_SENTENCES], "validation": drawn[TRAIN_SENTENCES:], "test": [*test]}
 
 
 def encode_days(sentences, days):
@@ -88,9 +93,14 @@ def known_ids():
 
 
 def next_token_loss(model, part):
-    """Return the mean loss in nats of the tokens after the day."""
+    """Return the mean loss in nats of the tokens after the day: the head computes no others' logits."""
     inputs, targets = part
-    return cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    chosen = targets != -100
+    hook = model.out_head.register_forward_pre_hook(lambda _, x: (x[0][chosen],))
+    try:
+        return cross_entropy(model(inputs), targets[chosen])
+    finally:
+        hook.remove()
 
 
 def forget_rows(model, rows):
@@ -140,10 +150,10 @@ READERS = (
     Reader("whole embedding", 0, False),
     Reader("new rows", 0, True),
 )
-RATES_OF_WORDS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+RATES_OF_WORDS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
-def fit_words(model, part, rate, steps=40, batch_size=12, seed=1):
+def fit_words(model, part, rate, steps=40, batch_size=8, seed=1):
     """Train what requires a gradient on the sentences of `part`; return the loss of each step.
 
     Raises ValueError if the training diverges.
@@ -165,15 +175,15 @@ def fit_words(model, part, rate, steps=40, batch_size=12, seed=1):
 
 
 class WordsTask:
-    """The three new days; each seed draws other sentences to train and to test with."""
+    """The three new days; each seed draws other sentences to train with."""
 
-    tuning_seeds = (101, 102)
+    tuning_seeds = (101,)
 
     def __init__(self, size="tiny", steps=40):
         self.size, self.steps, self.rows = size, steps, [*NEW_WORDS.values()]
         self.about = {"task": "words", "model": size, "steps": steps}
         windows, _ = encode_windows([EMBEDDED_TEXT.read_text(encoding="utf-8")], get_tokenizer(), 64)
-        self.story = windows[:16, :-1].long(), windows[:16, 1:].long()
+        self.story = windows[:8, :-1].long(), windows[:8, 1:].long()
 
     def start(self):
         """Return a pretrained model that knows nothing of the new words."""

@@ -22,6 +22,10 @@ MIRRORS = {  # notebook: the modules whose definitions it shows
     "appendix-E/topics/inside-lora": ("appendix-E/topics/inside_lora", *LORA),
     "appendix-E/topics/what-lora-buys": ("appendix-E/topics/what_lora_buys", *SPAM),
     "appendix-E/topics/lora-variants": ("appendix-E/topics/lora_variants",),
+    "appendix-E/topics/lora-embedding-conv": (
+        "appendix-E/topics/lora_embedding_conv", "appendix-E/comparison/new_words",
+        "appendix-E/comparison/digits",
+    ),
 }
 
 # What is in a notebook alone, and why.
@@ -30,6 +34,7 @@ TRY_OUT = "tries a definition out, in the notebook alone"
 NOTEBOOK_ONLY = {
     "count": TRY_OUT, "relative_change": DRAWING, "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
     "LastRealToken": TRY_OUT, "spam_probability": DRAWING, "new_model": TRY_OUT,
+    "report": TRY_OUT, "show_neighbours": TRY_OUT,
 }
 
 BOOK_NAMES = {
