@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {error}: start with python setup/run_main.py, which installs everything")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import peft
 import torch
@@ -61,13 +62,13 @@ def plot_row_norms(update, groups):
 
     `groups` is {label: ids}; all other tokens are grey.
     """
-    norms = update.detach().norm(dim=1)
-    rest = torch.ones(len(norms), dtype=torch.bool)
+    norms = update.detach().norm(dim=1).numpy()
+    rest = np.ones(len(norms), dtype=bool)
     fig, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
     for (label, ids), color, marker in zip(groups.items(), ("orange", "blue"), "Do"):
         rest[ids] = False
         ax.plot(ids, norms[ids], marker, ms=6, color=PALETTE[color], label=f"{label} ({len(ids)})", zorder=3)
-    others = rest.nonzero().flatten()
+    others = rest.nonzero()[0]
     ax.plot(others, norms[others], ".", ms=4, color=PALETTE["grey"], label=f"all others ({len(others):,})")
     ax.set(xlabel="token's id", ylabel="length of its row of ΔE")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -101,7 +102,7 @@ def plot_images(parts, each=2):
     for line, (name, (images, labels)) in zip(axes, parts.items()):
         for place, ax in enumerate(line):
             label, number = divmod(place, each)
-            ax.imshow(images[labels == label][number, 0], cmap="Greys")
+            ax.imshow(images[labels == label][number, 0].numpy(), cmap="Greys")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
@@ -117,7 +118,7 @@ def plot_filters(before, update):
     limit = max(weight.abs().max().item() for weight in rows.values())
     fig, axes = plt.subplots(3, len(before), figsize=(8, 1.7), layout="constrained", squeeze=False)
     for line, (label, weight) in zip(axes, rows.items()):
-        for ax, kernel in zip(line, weight.detach()[:, 0]):
+        for ax, kernel in zip(line, weight.detach()[:, 0].numpy()):
             picture = ax.imshow(kernel, cmap="RdBu_r", vmin=-limit, vmax=limit)
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
@@ -130,7 +131,7 @@ def plot_spectra(updates):
     """Return a Figure of the singular values of {label: ΔW}, as matrices (out, in · k …), largest first."""
     fig, ax = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
     for (label, update), color, marker in zip(updates.items(), ("grey", "blue", "orange"), "os^"):
-        values = torch.linalg.svdvals(update.detach().flatten(1))
+        values = torch.linalg.svdvals(update.detach().flatten(1)).tolist()
         ax.plot(range(1, len(values) + 1), values, marker=marker, ms=4, color=PALETTE[color], label=label)
     ax.set(xlabel="number of the singular value", ylabel="size", ylim=(0, None))
     ax.legend()
@@ -142,8 +143,8 @@ def plot_spectra(updates):
 
 def plot_parts(update, parts=("query", "key", "value")):
     """Return a Figure of the matrix ΔW (outputs, inputs) whose outputs are these equal `parts`."""
-    matrix = update.detach()
-    limit, height = matrix.abs().max().item(), len(matrix) // len(parts)
+    matrix = update.detach().numpy()
+    limit, height = abs(matrix).max(), len(matrix) // len(parts)
     fig, ax = plt.subplots(figsize=(4, 4.6), layout="constrained")
     picture = ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     ax.set_yticks([height * (place + 0.5) - 0.5 for place in range(len(parts))], parts)
