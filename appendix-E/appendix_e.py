@@ -183,7 +183,7 @@ def check_layers(layers, rank, dropout):
     read = nn.modules.linear.NonDynamicallyQuantizableLinear
     weights = [layer.weight for layer in layers]
     if any(nn.parameter.is_lazy(weight) for weight in weights):
-        raise ValueError("a lazy Linear has no size yet: run the model once first")
+        raise ValueError("a lazy layer has no size yet: run the model once first")
     widest = max((size for weight in weights for size in weight.shape), default=rank)
     if is_number(rank) and rank > widest:
         raise ValueError(f"rank {rank} is above all sizes here: use at most {widest}")

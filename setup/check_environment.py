@@ -16,6 +16,9 @@ except ModuleNotFoundError:  # a new environment has it only inside pip
 
 from book_assets.command_line import command
 
+# isort: split
+from make_environment import WITHOUT_DEPENDENCIES
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUR_MODULES = (
     "ch04", "ch05", "gpt_download", "ch06", "appendix_e", "finetune_spam", "lora_in_practice",
@@ -27,7 +30,7 @@ OUR_MODULES = (
 def read_requirements(path=REPOSITORY / "requirements.txt"):
     """Yield the requirements in a file, and in the files that it includes, that apply to this platform."""
     for line in path.read_text(encoding="utf-8").splitlines():
-        line = line.split("#")[0].strip()
+        line = line.split("#")[0].split("--hash")[0].strip()
         if line.startswith("-r "):
             yield from read_requirements(path.parent / line[3:].strip())
         elif line and not line.startswith("-"):
@@ -68,7 +71,8 @@ def check_our_modules():
 
 def run_checks():
     """Return the checks as a list of (passed, line)."""
-    return [check_python(), *map(check_package, read_requirements()), check_our_modules()]
+    packages = [*read_requirements(), *read_requirements(WITHOUT_DEPENDENCIES)]
+    return [check_python(), *map(check_package, packages), check_our_modules()]
 
 
 @command
@@ -82,6 +86,8 @@ def main(arguments=None):
         return 0
     print("\nTo install what is missing, run this in the repository's root:")
     print(f'    "{sys.executable}" -m pip install -r requirements.txt')
+    without = f"--no-deps --require-hashes -r setup/{WITHOUT_DEPENDENCIES.name}"
+    print(f'    "{sys.executable}" -m pip install {without}')
     print("or run python setup/run_tests.py, which creates an environment, .venv, with everything in it.")
     return 1
 

@@ -31,6 +31,7 @@ def pip_install(*arguments):
 
 def main(folder):
     pip_install(*packages())
+    pip_install("--no-deps", "--require-hashes", "-r", str(SETUP / "requirements-no-deps.txt"))
     pip_install("--no-deps", "-e", str(SETUP.parent))
     # Nothing counts as known: %run takes this file's folder off sys.path again when it ends.
     site.addsitedir(sysconfig.get_paths()["purelib"], known_paths=set())

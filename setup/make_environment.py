@@ -23,6 +23,7 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 MAIN = REPOSITORY / "setup" / "requirements-main.txt"
 NOTEBOOKS = REPOSITORY / "setup" / "requirements-notebooks.txt"
 ALL = REPOSITORY / "requirements.txt"
+WITHOUT_DEPENDENCIES = REPOSITORY / "setup" / "requirements-no-deps.txt"
 
 
 def venv_python():
@@ -116,7 +117,7 @@ def create_venv():
 
 def stamp_and_content(requirements):
     """Return the file that says what has been installed, and its content when all of it has been."""
-    files = MAIN, NOTEBOOKS, requirements, REPOSITORY / "pyproject.toml"
+    files = MAIN, NOTEBOOKS, WITHOUT_DEPENDENCIES, requirements, REPOSITORY / "pyproject.toml"
     content = b"".join([os.fsencode(VENV), *(file.read_bytes() for file in files)])
     return VENV / f"installed-{requirements.stem}.txt", hashlib.sha256(content).hexdigest()
 
@@ -131,7 +132,9 @@ def install(requirements):
     say(f"Installing {requirements.relative_to(REPOSITORY).as_posix()} (once, a few minutes)")
     if sys.platform == "linux" and not shutil.which("nvidia-smi") and can_reach("download.pytorch.org"):
         pip("--index-url", TORCH_CPU_INDEX, torch_requirement())  # no GPU: avoid the CUDA build of several GB
-    pip("-r", str(requirements.relative_to(REPOSITORY)))
+    pip("-r", requirements.relative_to(REPOSITORY).as_posix())
+    if requirements != MAIN:
+        pip("--no-deps", "--require-hashes", "-r", WITHOUT_DEPENDENCIES.relative_to(REPOSITORY).as_posix())
     stamp, content = stamp_and_content(requirements)
     stamp.write_text(content)
 

@@ -37,8 +37,9 @@ from benchmark.sides import CONFIG, TINY, serve, synchronise
 from benchmark.weights import write_weights
 from book_assets import choose_assets, get_tokenizer
 from book_assets.files import check_outputs, replacing, write_whole
+from fast_path.batches import length_batches
 from fast_path.settings import PRECISIONS
-from fast_path.training import choose_precision, length_batches
+from fast_path.training import choose_precision
 from finetune_spam import describe_machine
 from spam_classifier.classifier import encode_splits, load_splits
 

@@ -21,9 +21,10 @@ from appendix_e import freeze, replace_linear_with_lora
 from ch04 import GPT_CONFIG_124M, GPTModel
 from ch05 import generate, load_weights_into_gpt
 from ch06 import add_classification_head, calc_accuracy_loader, calc_loss_batch, cut_or_pad
+from fast_path.batches import pad_batch
 from fast_path.memory import keep_freed_memory, peak_memory, quiet_stderr
 from fast_path.settings import TrainingSettings
-from fast_path.training import TrainingRun, autocast, choose_precision, pad_batch, predict, prepare
+from fast_path.training import TrainingRun, autocast, choose_precision, predict, prepare
 from gpt_download import load_gpt2
 
 CONFIG = {**GPT_CONFIG_124M, "drop_rate": 0.0, "qkv_bias": True}

@@ -109,6 +109,31 @@ def best_rate(rows):
 # Results
 
 
+def finished_runs(rows, seeds=SEEDS, **about):
+    """Return a DataFrame like `run_grid`'s of those contenders that have all `seeds` among the `rows`.
+
+    `about` are fields that a row must have, such as task="spam".
+    """
+    runs = [row for row in rows if about.items() <= row.items()]
+    done = {}
+    for row in runs:
+        if not row["tuning"] and row["validation_loss"] is not None:
+            done.setdefault(row["title"], set()).add(row["seed"])
+    titles = [title for title, have in done.items() if {*seeds} <= have]
+    final = {*seeds}
+    return pd.DataFrame([
+        row for row in runs if row["title"] in titles and (row["tuning"] or row["seed"] in final)
+    ])
+
+
+def at_the_edge(runs):
+    """Return the titles whose best rate is the lowest or highest that was tried: look further there."""
+    tuning = runs[runs["tuning"].astype(bool)]
+    tried = {title: group.to_dict("records") for title, group in tuning.groupby("title", sort=False)}
+    ends = {title: {f(row["rate"] for row in rows) for f in (min, max)} for title, rows in tried.items()}
+    return [title for title, rows in tried.items() if best_rate(rows) in ends[title]]
+
+
 def paired_differences(runs, column, reference):
     """Return {title: (mean, half width)} of the differences to `reference`, seed by seed, without the tuning.
 

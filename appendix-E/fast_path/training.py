@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from ch04 import use_fused_attention
+from fast_path.batches import length_batches, pad_batch, split_batch, tokens_at_once
 from fast_path.memory import keep_freed_memory
 from fast_path.packed_model import last_token_logits
 from fast_path.settings import PRECISIONS, TrainingSettings
@@ -30,49 +31,9 @@ class History:
     accuracies: list = field(default_factory=list)
     seconds: float = 0.0
 
-
-# Messages to batches
-
-
-def length_batches(lengths, batch_size, seed, bucket=4):
-    """Return index arrays (B,) that cover `lengths` (N,) once, messages of similar length together.
-
-    The messages are shuffled, cut into buckets of `bucket` batches, sorted by length within each bucket,
-    and the batches shuffled again: the composition and order of batches depend on `seed`, one number or
-    several (a training takes its own seed and the epoch, so that no two seeds share an order).
-    """
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(lengths))
-    lengths = np.asarray(lengths)
-    size = bucket * batch_size
-    buckets = [order[start : start + size] for start in range(0, len(order), size)]
-    buckets = [indices[np.argsort(lengths[indices], kind="stable")] for indices in buckets]
-    batches = [b[start : start + batch_size] for b in buckets for start in range(0, len(b), batch_size)]
-    return [batches[number] for number in rng.permutation(len(batches))]
-
-
-def split_batch(encoded, indices, bound):
-    """Return `indices` (B,) cut into the fewest equal parts of at most about `bound` tokens each.
-
-    `encoded` contains the token ids (T,) of every message.
-    """
-    tokens = sum(len(encoded[index]) for index in indices)
-    return np.array_split(indices, min(len(indices), max(1, math.ceil(tokens / bound))))
-
-
-def tokens_at_once(settings, device, training):
-    """Return `settings.max_tokens`, or the number of tokens per call beyond which `device` is no faster."""
-    on_cpu = 512 if training else 1024
-    return settings.max_tokens or (on_cpu if device.type == "cpu" else math.inf)
-
-
-def pad_batch(encoded, indices, device):
-    """Return ids (B, T), right-padded with 0, and lengths (B,) of the chosen messages on `device`."""
-    lengths = np.array([len(encoded[index]) for index in indices])
-    ids = np.zeros((len(indices), lengths.max()), dtype=np.int64)
-    for row, index in zip(ids, indices):
-        row[: len(encoded[index])] = encoded[index]
-    return torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)
+    def best_epoch(self):
+        """Return the number, from 0 on, of the first epoch with the highest validation accuracy."""
+        return int(np.argmax(self.accuracies))
 
 
 # Precision
@@ -158,30 +119,42 @@ def stored_precision(model):
 # Training and prediction
 
 
-def fit(model, train, settings, device, validation=None, make_optimizer=None):
+def fit(
+    model, train, settings, device, validation=None, make_optimizer=None, *, forward=last_token_logits,
+    keep_best=False,
+):
     """Train what requires a gradient with AdamW on `train`, a pair (encoded messages, labels).
 
     `model` comes from `prepare`; the messages are arrays of token ids (T,), the labels integers (N,). If
-    there is a `validation` pair, its accuracy is measured after every epoch. `make_optimizer`, called as
-    `adamw` is, makes another optimizer. Returns a `History`. Raises
-    ValueError for a pair that `check_pair` refuses, a model that is not prepared and a loss that is not
-    finite.
+    there is a `validation` pair, its accuracy is measured after every epoch; with `keep_best` the model ends
+    with the weights of the first epoch whose accuracy was the highest. `make_optimizer`, called as `adamw`
+    is, makes another optimizer; `forward`, called as `last_token_logits` is, computes the logits of another
+    model than chapter 4's. Returns a `History`. Raises ValueError for a pair that `check_pair` refuses, a
+    model that is not prepared, `keep_best` without validation, and a loss that is not finite.
     """
+    if keep_best and validation is None:
+        raise ValueError("keep_best chooses by the validation accuracy: give a validation pair")
     encoded, labels = check_pair(model, *train)
     held_out = None if validation is None else check_pair(model, *validation)
     keep_freed_memory()
     torch.manual_seed(settings.seed)
     start, history = time.perf_counter(), History()
     steps = total_steps(len(encoded), settings)
-    run = TrainingRun(model, settings, device, steps, make_optimizer or adamw)
-    bar = tqdm(range(settings.epochs), "epochs", disable=not settings.progress, leave=False)
-    for epoch in bar:
-        history.losses += run.epoch(encoded, labels, seed=(settings.seed, epoch))
+    run = TrainingRun(model, settings, device, steps, make_optimizer or adamw, forward)
+    bar = tqdm(total=steps, desc="steps", disable=not settings.progress, leave=False)
+    for epoch in range(settings.epochs):
+        history.losses += run.epoch(encoded, labels, (settings.seed, epoch), bar)
         check_losses(history.losses)
         bar.set_postfix(loss=f"{history.losses[-1]:.3f}")
         if held_out:
-            history.accuracies.append(accuracy(model, *held_out, device, settings))
+            history.accuracies.append(accuracy(model, *held_out, device, settings, forward))
             bar.set_postfix(loss=f"{history.losses[-1]:.3f}", accuracy=f"{history.accuracies[-1]:.1%}")
+            if keep_best and history.best_epoch() == epoch:
+                best = {parameter: parameter.detach().clone() for parameter in run.trained}
+    bar.close()
+    if keep_best:
+        for parameter, value in best.items():
+            parameter.data.copy_(value)
     history.seconds = time.perf_counter() - start
     return history
 
@@ -197,7 +170,7 @@ def check_messages(model, encoded):
     """Raise ValueError unless there are messages, each an array (T,) of ids in `model`'s vocabulary."""
     if len(encoded) == 0:
         raise ValueError("there are no messages: encode some first")
-    size = model.tok_emb.num_embeddings
+    size = next(part.num_embeddings for part in model.modules() if isinstance(part, torch.nn.Embedding))
     for number, ids in enumerate(map(np.asarray, encoded)):
         integers = ids.ndim == 1 and ids.size > 0 and ids.dtype.kind in "iu"
         if not integers or ids.min() < 0 or ids.max() >= size:
@@ -212,10 +185,11 @@ def check_pair(model, encoded, labels):
     labels = np.asarray(labels)
     if labels.shape != (len(encoded),):
         raise ValueError(f"{len(encoded)} messages and labels {labels.shape}: need one label for each")
-    classes = getattr(model.out_head, "linear", model.out_head).out_features
+    *_, head = (part for part in model.modules() if isinstance(part, torch.nn.Linear))
+    classes = head.out_features
     if not np.isin(labels, range(classes)).all():
         raise ValueError(f"the labels must be integers from 0 to {classes - 1}, the model's classes")
-    return encoded, torch.as_tensor(labels, dtype=torch.long)
+    return encoded, torch.tensor(labels, dtype=torch.long)
 
 
 def total_steps(messages, settings):
@@ -233,15 +207,13 @@ def adamw(model, learning_rate, *, total_steps, **options):
 class TrainingRun:
     """The optimizer, schedule and scaler of one `fit`, and its passes over the data."""
 
-    def __init__(self, model, settings, device, steps, make_optimizer=adamw):
+    def __init__(self, model, settings, device, steps, make_optimizer=adamw, forward=last_token_logits):
         self.model, self.settings, self.device = model, settings, device
         stored, chosen = stored_precision(model), choose_precision(device, settings.precision)
         self.precision = chosen if stored == "float32" else stored
-        self.forward = last_token_logits
-        if settings.compile:
-            self.forward = torch.compile(last_token_logits, dynamic=True)
-        trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-        if trained != {torch.float32}:
+        self.forward = torch.compile(forward, dynamic=True) if settings.compile else forward
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if {parameter.dtype for parameter in self.trained} != {torch.float32}:
             raise ValueError(
                 "what trains must be some parameters in float32: "
                 "choose them with requires_grad, then call prepare(model, settings, device)"
@@ -256,14 +228,21 @@ class TrainingRun:
             self.optimizer, lambda done: 1 - done / steps if settings.decay else 1.0
         )
 
-    def epoch(self, encoded, labels, seed):
-        """Train once on every message, in an order that depends on `seed`; return each step's loss."""
+    def epoch(self, encoded, labels, seed, bar=None):
+        """Train once on every message, in an order that depends on `seed`; return each step's loss.
+
+        `bar`, if given, is a tqdm that counts the steps.
+        """
         self.model.train()
         settings, lengths = self.settings, [len(ids) for ids in encoded]
         batches = length_batches(lengths, settings.batch_size, seed, settings.bucket)
         size = settings.gradient_accumulation_steps
         groups = [batches[start : start + size] for start in range(0, len(batches), size)]
-        losses = [self.step(encoded, labels, group) for group in groups]
+        losses = []
+        for group in groups:
+            losses.append(self.step(encoded, labels, group))
+            if bar is not None:
+                bar.update()
         return torch.stack(losses).tolist()  # one copy from the device per epoch: no step waits for it
 
     def step(self, encoded, labels, batches):
@@ -295,19 +274,21 @@ class TrainingRun:
         return loss.detach()
 
 
-def accuracy(model, encoded, labels, device, settings=TrainingSettings()):
+def accuracy(model, encoded, labels, device, settings=TrainingSettings(), forward=last_token_logits):
     """Return the fraction of correct predictions, 0 to 1, for encoded messages with labels (N,).
 
-    Raises what `predict` raises, and ValueError for labels that do not fit messages or model.
+    `forward` is that of `fit`. Raises what `predict` raises, and ValueError for labels that do not fit
+    messages or model.
     """
     encoded, labels = check_pair(model, encoded, labels)
-    predictions = predict(model, encoded, device, settings).argmax(dim=1)
+    predictions = predict(model, encoded, device, settings, forward).argmax(dim=1)
     return (predictions == labels).float().mean().item()
 
 
-def predict(model, encoded, device, settings=TrainingSettings()):
+def predict(model, encoded, device, settings=TrainingSettings(), forward=last_token_logits):
     """Return logits (N, classes), float32 on the CPU, at each message's last token, in the given order.
 
+    `forward` is that of `fit`; without it `model` is chapter 4's.
     A model is evaluated in the precision in which its weights are stored: float32 unless it comes from
     `prepare` with another. Raises ValueError for messages that `check_messages` refuses, and for logits
     that are not finite.
@@ -324,7 +305,7 @@ def predict(model, encoded, device, settings=TrainingSettings()):
     try:
         with torch.inference_mode(), autocast(device, precision):
             for indices in parts:
-                logits = last_token_logits(model, *pad_batch(encoded, indices, device))
+                logits = forward(model, *pad_batch(encoded, indices, device))
                 results.append(logits.float().cpu())
     finally:
         model.train(was_training)

@@ -1,1 +1,1 @@
-"""Film reviews: the Large Movie Review Dataset with its labels, and texts for next-token training."""
+"""Film reviews with labels, IMDb's and short ones of our own; encoders for them; texts for next tokens."""

@@ -13,6 +13,7 @@ import torch
 
 from appendix_e import freeze
 from lora.attention import attention_layers, packed_names
+from lora.embedding_conv import GroupedLoRALayer
 from lora.files import WEIGHTS_FILE, branch_tensors, read_files, write_adapter
 from lora.layers import (
     adapted_layers,
@@ -302,7 +303,10 @@ def combine_adapters(first, second, weights=(1.0, 1.0), full_from=None):
     for name in {**first.layers, **second.layers}:
         found = [(w, *part[name]) for w, part in zip(weights, parts, strict=True) if name in part]
         A, B = concatenate(found)
-        layers[name] = {"rank": A.shape[1], "alpha": 1.0, "scaling": "alpha", "dropout": 0.0}
+        own = (first.layers | second.layers)[name]
+        grouped = {key: own[key] for key in ("variant", "groups") if "groups" in own}
+        A = by_group(A, [A.shape[1] for _, A, _ in found], grouped.get("groups", 1))
+        layers[name] = {"rank": A.shape[1], "alpha": 1.0, "scaling": "alpha", "dropout": 0.0, **grouped}
         tensors |= {f"{name}.lora.A": A, f"{name}.lora.B": B}
     check_finite(tensors, "give finite weights")
     return Adapter(layers, tensors, base)
@@ -315,8 +319,16 @@ def concatenate(found):
     return A, B
 
 
+def by_group(A, ranks, groups):
+    """Return A (in, Σ ranks), several side by side, with the columns of each of the `groups` together."""
+    parts = [part.unflatten(1, (groups, -1)) for part in A.split(ranks, dim=1)]
+    return torch.cat(parts, dim=2).flatten(1)
+
+
 def plain_factors(adapter):
     """Return {layer: (A (in, r), B (r, out))} with which plain LoRA of scale 1 adds what `adapter` adds.
+
+    (In a convolution with groups, B is (r / groups, out), as in its branch.)
 
     Raises ValueError for DoRA, whose update is not of low rank.
     """
@@ -333,5 +345,6 @@ def plain_pair(name, branch):
     """Return the factors A and B of one `branch`, scale included."""
     if isinstance(branch, DoRALayer):
         raise ValueError(f"{name} has DoRA, which is not of low rank: merge it into the model instead")
-    A, B = branch.factors() if isinstance(branch, Relative) else (branch.A, branch.scale * branch.B)
+    plain = isinstance(branch, GroupedLoRALayer) or not isinstance(branch, Relative)
+    A, B = (branch.A, branch.scale * branch.B) if plain else branch.factors()
     return A.contiguous(), B.contiguous()

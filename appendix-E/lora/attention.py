@@ -35,7 +35,10 @@ def give_layer(attention):
         packed[theirs] = None
     attention.__class__ = AttentionWithLayer
     attention.in_proj = layer.train(attention.training)
-    attention._names_hook = attention.register_state_dict_post_hook(keep_names)
+    attention._names_hooks = (
+        attention.register_state_dict_post_hook(keep_names),
+        attention.register_load_state_dict_pre_hook(take_names),
+    )
 
 
 def keep_names(attention, state, prefix, _):
@@ -45,11 +48,19 @@ def keep_names(attention, state, prefix, _):
             state[f"{prefix}{theirs}"] = state.pop(f"{prefix}in_proj.{name}")
 
 
+def take_names(attention, state, prefix, *_):
+    """Hook: the reverse of `keep_names`, for a state_dict that is loaded."""
+    for name, theirs in PARAMETERS.items():
+        if f"{prefix}{theirs}" in state:
+            state[f"{prefix}in_proj.{name}"] = state.pop(f"{prefix}{theirs}")
+
+
 def take_layer(attention):
     """Undo `give_layer`, in place."""
     layer = attention.in_proj
-    attention._names_hook.remove()
-    del attention.in_proj, attention._names_hook
+    for hook in attention._names_hooks:
+        hook.remove()
+    del attention.in_proj, attention._names_hooks
     attention.__class__ = nn.MultiheadAttention
     for name, theirs in PARAMETERS.items():
         attention._parameters[theirs] = layer._parameters[name]

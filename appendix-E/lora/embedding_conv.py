@@ -14,6 +14,26 @@ from appendix_e import LinearWithLoRA, LoRALayer
 from lora.variants import Relative
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FORWARDS = ("forward", "_conv_forward")
+
+
+class LayerWithLoRA(LinearWithLoRA):
+    """`LinearWithLoRA` for another kind of layer, with that kind's attributes, such as stride.
+
+    Raises ValueError for a subclass with a forward pass of its own, unless it multiplies rows by embed_scale,
+    as Gemma's embedding does: of any other, LoRA's sum and the merged weight may be two things.
+    """
+
+    def __init__(self, layer, *args, **options):
+        kind = next(kind for kind in (nn.Embedding, *CONVOLUTIONS) if isinstance(layer, kind))
+        same = all(getattr(type(layer), name, None) is getattr(kind, name, None) for name in FORWARDS)
+        if not same and not hasattr(layer, "embed_scale"):
+            raise ValueError(
+                f"{type(layer).__name__} computes more than nn.{kind.__name__}: leave it out, with patterns "
+                "for the names of the other layers"
+            )
+        super().__init__(layer, *args, **options)
+        vars(self).update({name: getattr(layer, name) for name in layer.__constants__})
 
 
 # Embeddings
@@ -35,15 +55,13 @@ class EmbeddingLoRALayer(LoRALayer):
         return self.scale * (embedding(ids, self.A, padding_idx) @ self.B)
 
 
-class EmbeddingWithLoRA(LinearWithLoRA):
+class EmbeddingWithLoRA(LayerWithLoRA):
     """`LinearWithLoRA` for nn.Embedding: `linear` is the embedding, its weight (vocabulary, dim)."""
 
     def __init__(self, layer, *args, **options):
         if layer.max_norm is not None or layer.sparse or layer.scale_grad_by_freq:
             raise ValueError("an embedding with max_norm, sparse or scale_grad_by_freq cannot have LoRA")
         super().__init__(layer, *args, **options)
-        self.num_embeddings, self.embedding_dim = self.sizes()
-        self.padding_idx = layer.padding_idx
 
     def sizes(self):
         return self.linear.num_embeddings, self.linear.embedding_dim
@@ -56,14 +74,14 @@ class EmbeddingWithLoRA(LinearWithLoRA):
         return None
 
     def forward(self, ids):
-        base = self.linear(ids)
-        return base + self.lora(ids, self.padding_idx).to(base.dtype)
+        base, scale = self.linear(ids), getattr(self.linear, "embed_scale", 1.0)
+        return base + (scale * self.lora(ids, self.padding_idx)).to(base.dtype)
 
 
 # Convolutions
 
 
-class ConvWithLoRA(LinearWithLoRA):
+class ConvWithLoRA(LayerWithLoRA):
     """`LinearWithLoRA` for nn.Conv1d, 2d and 3d: `linear` is the convolution.
 
     Its weight is (out, in / groups, k …), A is (in / groups · k …, r) and B (r, out). A's convolution has the

@@ -81,7 +81,7 @@ def apply_lora(
         check_layers(layers.values(), ranked, dropout)
         new = {
             old: with_lora(
-                old, rank, alpha, **settings | own_parts(name, targets, split_qkv)
+                old, rank, alpha, **settings | own_parts(name, old, targets, split_qkv)
             )
             for name, old in layers.items()
         }
@@ -95,9 +95,15 @@ def apply_lora(
     return model
 
 
-def own_parts(name, targets, split_qkv):
-    """Return {variant, parts} for a layer of query, key and value that gets LoRA part by part, else {}."""
+def own_parts(name, layer, targets, split_qkv):
+    """Return {variant, parts} for a `layer` of query, key and value that gets LoRA part by part, else {}.
+
+    Raises ValueError if it isn't 3 · dim wide: as with grouped queries, the parts are unequal.
+    """
     parts = split_parts(name, targets) if split_qkv else None
+    small, large = sorted(layer.weight.shape[:2]) if parts else (0, 0)
+    if large != 3 * small:
+        raise ValueError(f"{name} cannot be split: its query, key and value are not of equal size")
     return {"variant": "merged", "parts": parts} if parts else {}
 
 
@@ -188,7 +194,8 @@ def merge_lora(model):
 
     The model has the base model's modules and speed again. The original weights are kept for
     `unmerge_lora`; a weight that another module shares (GPT-2's tied head) is merged into a copy, and the
-    model's `config` no longer has `tie_word_embeddings`, so that transformers saves both.
+    model's `config` no longer has `tie_word_embeddings`, so that transformers saves both. The other module
+    keeps the base weight.
     Raises ValueError, with `model` unchanged, if there is no LoRA, it is merged already, or a merged
     weight is not finite.
     """
@@ -218,9 +225,21 @@ def tied_configs(model, weight):
 
 
 def set_tied(model, value):
-    for _, _, configs in merged_layers(model):
-        for config in configs:
-            config.tie_word_embeddings = value
+    """Tell transformers whether it ties the weights of a merged `model`; if not, no two modules share one.
+
+    It saves a shared weight once, and without the tie the other module would come back with random values.
+    """
+    configs = [config for _, _, found in merged_layers(model) for config in found]
+    for config in configs:
+        config.tie_word_embeddings = value
+    seen = set()
+    for part in model.modules() if configs else ():
+        own = part._parameters
+        own.update(vars(part).pop("_tied_parameters", {}))  # those before merging
+        if not value and (tied := {name: p for name, p in own.items() if p in seen}):
+            part._tied_parameters = tied
+            own.update({name: nn.Parameter(p.detach().clone(), p.requires_grad) for name, p in tied.items()})
+        seen.update(p for p in own.values() if p is not None)
 
 
 def check_finite(tensors, why):

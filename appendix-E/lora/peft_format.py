@@ -35,6 +35,7 @@ from lora.peft_tensors import (
     adalora_config,
     all_ranks,
     by_pattern,
+    check_dora,
     check_exchangeable,
     embeddings_of,
     from_peft,
@@ -285,6 +286,7 @@ def import_peft(model, folder):
         "with a newer PEFT"
     )
     tensors = read_tensors(find_file(folder, PEFT_WEIGHTS, remedy))
+    check_dora(config, tensors)
     linear = base_layers(model)
     with reading(Path(folder, PEFT_SETTINGS)):
         adapter = adapter_from_peft(config, tensors, linear)

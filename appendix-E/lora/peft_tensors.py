@@ -159,6 +159,13 @@ def embeddings_of(keys):
     return {key.removeprefix(PREFIX).removesuffix(ending) for key in keys if key.endswith(ending)}
 
 
+def check_dora(config, tensors):
+    """Raise ValueError for DoRA, by PEFT's settings and {name: tensor}, in an embedding or a convolution."""
+    for key, tensor in tensors.items() if config.get("use_dora") else ():
+        if ".lora_embedding_" in key or (".lora_" in key and tensor.dim() > 2):
+            raise ValueError(f"{key}: only linear layers have DoRA here: use PEFT's merge_and_unload")
+
+
 def check_exchangeable(name, layer):
     """Raise ValueError for a base `layer`, called `name`, in which PEFT 0.21 computes something else."""
     if isinstance(layer, CONVOLUTIONS):

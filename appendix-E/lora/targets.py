@@ -24,11 +24,13 @@ ROLES = {  # name endings here, in Llama, BERT and its kin, T5 and Hugging Face'
             "lin[12]", "wi", "wi_[01]", "wo", "mlp.c_fc", "mlp.c_proj",
             "intermediate.dense", "output.dense"),
     "head": ("out_head", "lm_head", "score", "*classifier", "classification_head",
-             "classifier.out_proj"),
+             "classifier.dense", "classifier.out_proj",
+             "classification_head.dense", "classification_head.out_proj"),
 }
 NOT_IN_ROLE = (
     ("mlp", "attention.output.dense"),  # BERT's projection; its MLP is output.dense
     ("projection", "classifier.out_proj"),  # RoBERTa's head
+    ("projection", "classification_head.out_proj"),  # T5's
 )
 LAYER_KINDS = {"embedding": nn.Embedding, "conv": CONVOLUTIONS}
 

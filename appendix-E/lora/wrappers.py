@@ -137,8 +137,8 @@ def find_wrapper(layer, variant):
         wrapper, branch = kinds[is_conv1d(layer)], None
     linear = branch is None
     if variant in ("embedding", "grouped") if linear else variant not in ("lora", branch):
-        kind = type(layer).__name__
-        raise ValueError(f"a {kind} has no branch {variant!r}: only linear layers have LoRA's relatives")
+        reason = "that is for other layers" if linear else "only linear layers have LoRA's relatives"
+        raise ValueError(f"no branch {variant!r} for {type(layer).__name__}: {reason}")
     return wrapper, branch or variant
 
 

@@ -21,6 +21,7 @@ from book_assets.files import append_line, check_outputs
 from ch04 import pick_device
 from ch06 import SPLITS, unfreeze_last_block
 from fast_path.memory import peak_memory, peak_of_allocations
+from fast_path.packed_model import last_token_logits
 from fast_path.training import fit, prepare
 from lora.adapters import copy_to_cpu
 from lora.optimizer import lora_adamw
@@ -103,12 +104,12 @@ def checkpoint_bytes(model):
     return len(save({name: copy_to_cpu(p) for name, p in trained.items()}))
 
 
-def step_memory(model, encoded, settings, device):
+def step_memory(model, encoded, settings, device, forward=last_token_logits):
     """Return the peak bytes of a training step on the longest messages, None on MPS.
 
     They hold weights, gradients, optimizer state, activations and scratch. On CUDA it is torch's own
     count, on a CPU the running sum of the allocations that the profiler sees. The step trains
-    `model`: build one for this alone.
+    `model`: build one for this alone. `forward` is that of `fit`.
     """
     if device.type == "mps":
         return None
@@ -119,7 +120,7 @@ def step_memory(model, encoded, settings, device):
     once = replace(settings, epochs=1, progress=False)
 
     def step():
-        fit(model, batch, once, device, make_optimizer=lora_adamw)
+        fit(model, batch, once, device, make_optimizer=lora_adamw, forward=forward)
 
     if device.type == "cuda":
         return peak_memory(step, device)

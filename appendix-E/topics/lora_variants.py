@@ -26,13 +26,12 @@ from book_assets import choose_assets
 from book_figures import PALETTE, TINTS
 from ch04 import GPT_CONFIG_124M, GPTModel, pick_device
 from comparison.costs import SHAPES, run_costs
-from comparison.grid import RATES, SEEDS, best_rate, paired_differences, run_grid
+from comparison.grid import RATES, SEEDS, run_grid
 from comparison.tasks import TASKS
 from lora.layers import adapted_layers, apply_lora
 from lora.optimizer import lora_adamw
 
 RUNS = Path(__file__).with_name("lora-variants.jsonl")
-LOSS = "validation loss (nats)"
 
 
 @dataclass(frozen=True)
@@ -198,82 +197,6 @@ def plot_singular_values(weight, rank):
 
 
 # The comparison
-
-
-def finished_runs(rows, task, model="tiny", data="book", seeds=SEEDS):
-    """Return a DataFrame like `run_grid`'s of those contenders that have all `seeds` on `task`."""
-    about = {"task": task, "model": model, "data": data, "quick": False}
-    runs = [row for row in rows if about.items() <= row.items()]
-    done = {}
-    for row in runs:
-        if not row["tuning"] and row["validation_loss"] is not None:
-            done.setdefault(row["title"], set()).add(row["seed"])
-    titles = [title for title, have in done.items() if {*seeds} <= have]
-    final = {*seeds}
-    return pd.DataFrame([
-        row for row in runs if row["title"] in titles and (row["tuning"] or row["seed"] in final)
-    ])
-
-
-def at_the_edge(runs):
-    """Return the titles whose best rate is the lowest or highest that was tried: look further there."""
-    tuning = runs[runs["tuning"].astype(bool)]
-    tried = {title: group.to_dict("records") for title, group in tuning.groupby("title", sort=False)}
-    ends = {title: {f(row["rate"] for row in rows) for f in (min, max)} for title, rows in tried.items()}
-    return [title for title, rows in tried.items() if best_rate(rows) in ends[title]]
-
-
-def plot_rates(runs, reference="LoRA", label=LOSS):
-    """Return a Figure: validation loss over the learning rate, one panel per contender.
-
-    The `reference` is grey in each panel, and a ring marks the rate that was chosen. Rates with which the
-    training diverged have no point, and much higher losses are above the panel.
-    """
-    tuning = runs[runs["tuning"].astype(bool)]
-    losses = tuning.groupby(["title", "rate"], sort=False)["validation_loss"].agg(
-        lambda values: pd.to_numeric(values).mean(skipna=False))
-    titles = [*dict.fromkeys(tuning["title"])]
-    lines, low = -(-len(titles) // 5), losses.min()
-    high = low + 3 * (losses.median() - low)
-    fig, axes = plt.subplots(
-        lines, 5, figsize=(8, 0.5 + 1.7 * lines), sharex=True, sharey=True, layout="constrained",
-        squeeze=False)
-    axes[0, 0].set_ylim(low - 0.1 * (high - low), high)
-    for ax in axes.flat[len(titles):]:
-        ax.axis("off")
-    for ax, title in zip(axes.flat, titles):
-        curve = losses[title].sort_index()
-        ax.plot(losses[reference].sort_index(), color=PALETTE["grey"], linewidth=1.2)
-        ax.plot(curve, "o-", color=PALETTE["blue"], markersize=3.5)
-        chosen = best_rate(tuning[tuning["title"] == title].to_dict("records"))
-        ax.plot(chosen, curve[chosen], "o", mfc="none", mec=PALETTE["orange"], ms=9, mew=1.8)
-        ax.set(title=title, xscale="log")
-        ax.set_xticks([1e-4, 1e-3, 1e-2, 1e-1], ["1e-4", "", "1e-2", ""])
-        ax.minorticks_off()
-    fig.supxlabel("learning rate", fontsize=10)
-    fig.supylabel(label, fontsize=10)
-    return fig
-
-
-def plot_differences(panels, reference="LoRA"):
-    """Return a Figure of the differences to `reference`, seed by seed, with 95 % intervals.
-
-    `panels` is {label: (runs, column, factor)}; intervals that exclude zero are orange.
-    """
-    fig, axes = plt.subplots(
-        1, len(panels), figsize=(8, 0.32 * len(RELATIVES) + 0.8), sharey=True, layout="constrained",
-        squeeze=False)
-    titles = [each.title for each in RELATIVES]
-    for ax, (label, (runs, column, factor)) in zip(axes[0], panels.items()):
-        for title, (mean, width) in paired_differences(runs, column, reference).items():
-            clear = abs(mean) > width
-            ax.errorbar(factor * mean, titles.index(title), xerr=factor * width, capsize=3, marker="o",
-                        color=PALETTE["orange" if clear else "blue"])
-        ax.axvline(0, color=PALETTE["grey"], linewidth=1, zorder=0)
-        ax.set_xlabel(label)
-    axes[0, 0].set_yticks(range(len(titles)), titles)
-    axes[0, 0].set_ylim(len(titles) - 0.5, -0.5)
-    return fig
 
 
 def tabulate_costs(rows):

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 
 from book_assets import get_tokenizer
@@ -25,7 +24,6 @@ from spam_classifier.classifier import (
     predict_classes,
 )
 from spam_classifier.evaluation import (
-    confusion_matrix,
     find_leaks,
     normalise_text,
     split_without_leaks,
@@ -140,20 +138,6 @@ def plot_splits(table):
         mean.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # above the lines
     ax.set_xticks(range(3), columns)
     ax.set(xlim=(-0.4, 2.6), ylabel="test accuracy (%)")
-    return fig
-
-
-def plot_confusion(labels, predictions, classes=("not spam", "spam")):
-    """Return a Figure of the confusion matrix, its four counts written in."""
-    counts = confusion_matrix(labels, predictions)
-    fig, ax = plt.subplots(figsize=(3.2, 3), layout="constrained")
-    ax.imshow(counts, cmap="Blues")
-    for (row, column), count in np.ndenumerate(counts):
-        color = "white" if count > counts.max() / 2 else "black"
-        ax.text(column, row, count, ha="center", va="center", color=color)
-    ax.set_xticks([0, 1], classes)
-    ax.set_yticks([0, 1], classes)
-    ax.set(xlabel="predicted", ylabel="true")
     return fig
 
 

@@ -10,6 +10,7 @@ DOWNLOADS = REPOSITORY / "downloads"
 EMBEDDED_MODEL = REPOSITORY / "ch05" / "gpt2-tiny"
 EMBEDDED_TEXT = REPOSITORY / "ch05" / "short-story.txt"
 EMBEDDED_MESSAGES = REPOSITORY / "ch06" / "sample_messages" / "SMSSpamCollection.tsv"
+EMBEDDED_REVIEWS = REPOSITORY / "appendix-E" / "film_reviews" / "short_reviews" / "reviews.tsv"
 
 
 @dataclass(frozen=True)

@@ -45,3 +45,16 @@ def disk_space(base, adapter, tasks=10):
     ax.set(xlabel="MB on disk", xlim=(0, 1.15 * tasks * base))
     ax.legend(loc="lower right")
     return fig
+
+
+def plot_confusion(counts, classes):
+    """Return a Figure of the confusion matrix `counts` (2, 2): rows true, columns predicted `classes`."""
+    fig, ax = plt.subplots(figsize=(3.2, 3), layout="constrained")
+    ax.imshow(counts, cmap="Blues")
+    for (row, column), count in np.ndenumerate(counts):
+        color = "white" if count > counts.max() / 2 else "black"
+        ax.text(column, row, count, ha="center", va="center", color=color)
+    ax.set_xticks([0, 1], classes)
+    ax.set_yticks([0, 1], classes)
+    ax.set(xlabel="predicted", ylabel="true")
+    return fig

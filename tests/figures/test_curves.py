@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from book_figures.curves import disk_space, loss_curve
+from book_figures.curves import disk_space, loss_curve, plot_confusion
 
 
 def test_a_loss_curve_is_the_mean_of_the_last_steps_over_the_epochs():
@@ -26,3 +26,8 @@ def test_disk_space_adds_the_adapters_to_one_model():
     assert [text.get_text() for text in ax.texts] == ["200 MB", "56 MB"]
     rows = [label.get_text() for label in ax.get_yticklabels()]
     assert rows == ["4 full models", "1 base model, 4 adapters"]
+
+
+def test_the_confusion_plot_shows_the_four_counts():
+    figure = plot_confusion(np.array([[1, 1], [1, 2]]), ("ham", "spam"))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1", "1", "1", "2"]

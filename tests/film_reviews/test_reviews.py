@@ -6,7 +6,14 @@ import pytest
 
 from book_assets import Choice
 from book_assets.table import EMBEDDED_TEXT
-from film_reviews.reviews import SIZES, load_reviews, load_texts, read_reviews
+from film_reviews.reviews import (
+    SIZES,
+    load_labelled,
+    load_reviews,
+    load_short_reviews,
+    load_texts,
+    read_reviews,
+)
 
 BOOK, EMBEDDED = Choice("embedded", "book"), Choice("embedded", "embedded")
 TRAIN = 'neg/0_3\tnull\nneg/2_1\tAn "open quotation mark<br /><br />next\nneg/3_4\tnull\npos/9_10\tÉlan\n'
@@ -43,10 +50,10 @@ def test_a_review_has_its_text_label_and_stars(small):
     assert load_reviews(BOOK, "test")["Label"].tolist() == [0, 1, 1]
 
 
-def test_another_part_and_the_embedded_texts_have_no_labels(small):
+def test_another_part_and_the_embedded_reviews_are_refused(small):
     with pytest.raises(ValueError, match="part must be train or test, not 'validation'"):
         load_reviews(BOOK, "validation")
-    with pytest.raises(ValueError, match="no labelled reviews among the embedded texts: choose data=book"):
+    with pytest.raises(ValueError, match="load_labelled returns them; for these, choose data=book"):
         load_reviews(EMBEDDED, "train")
 
 
@@ -65,6 +72,55 @@ def test_a_damaged_file_is_refused(damage, tmp_path):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match="delete it, and it is made again"):
         read_reviews(path)
+
+
+@pytest.fixture
+def hundred(tmp_path, monkeypatch):
+    """A folder of downloads with 100 reviews to train on, one of them twice, and 20 to test with."""
+    monkeypatch.setenv("LLM_CACHE_DIR", str(tmp_path))
+    names = [f"{kind}/{n}_{stars}" for kind, stars in (("neg", 2), ("pos", 9)) for n in range(50)]
+    write_reviews(tmp_path, "train", "".join(f"{name}\t{name.replace('/49_', '/48_')}\n" for name in names))
+    write_reviews(tmp_path, "test", "".join(f"{name}\t{name}\n" for name in (*names[:10], *names[-10:])))
+
+
+def test_a_fifth_of_the_training_part_at_most_is_for_validation(hundred):
+    parts = load_labelled(BOOK)
+    assert [*parts] == ["train", "validation", "test"]
+    assert all([*part.columns] == ["Text", "Label"] for part in parts.values())
+    assert (len(parts["train"]), len(parts["test"])) == (80, 20)
+    assert 16 <= len(parts["validation"]) <= 20 and parts["train"]["Label"].sum() == 40
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_text_is_both_for_training_and_for_validation(seed, hundred):
+    train, validation, _ = load_labelled(BOOK, seed=seed).values()
+    assert not validation["Text"].isin(train["Text"]).any()
+    assert {*train["Text"], *validation["Text"]} == {*load_reviews(BOOK, "train")["Text"]}
+
+
+@pytest.mark.parametrize("choice", [BOOK, EMBEDDED])
+def test_part_of_the_labelled_reviews_keeps_the_proportion_of_labels(choice, hundred):
+    counts = {"train": 30, "test": 8}
+    parts, whole = load_labelled(choice, counts), load_labelled(choice)
+    assert {name: len(parts[name]) for name in counts} == counts
+    assert parts["train"]["Label"].sum() == 15 and parts["test"]["Label"].sum() == 4
+    assert parts["validation"].equals(whole["validation"])
+    again, other = load_labelled(choice, counts), load_labelled(choice, counts, seed=5)
+    assert parts["train"].equals(again["train"]) and not parts["train"].equals(other["train"])
+
+
+def test_the_embedded_labelled_reviews_are_the_short_ones():
+    for name, part in load_labelled(EMBEDDED).items():
+        assert part.equals(load_short_reviews()[name])
+
+
+@pytest.mark.parametrize("counts, says", [
+    ({"train": 2000}, "2,000 reviews are wanted and 1,050 there: take fewer"),
+    ({"val": 3}, "counts has the part 'val': take train, validation or test"),
+])
+def test_reviews_that_are_not_there_are_refused(counts, says):
+    with pytest.raises(ValueError, match=says):
+        load_labelled(EMBEDDED, counts)
 
 
 def test_no_text_is_in_two_parts(small):
@@ -99,6 +155,14 @@ def test_the_dataset_is_balanced_and_has_the_papers_stars(whole):
         assert {*reviews["Stars"][reviews["Label"] == 0]} == {1, 2, 3, 4}
         assert {*reviews["Stars"][reviews["Label"] == 1]} == {7, 8, 9, 10}
         assert not reviews["Text"].str.contains("<br />").any()
+
+
+def test_the_whole_dataset_is_split_as_documented(whole):
+    train, validation, test = load_labelled(BOOK).values()
+    assert (len(train), len(validation), len(test)) == (19_961, 5_000, 25_000)
+    assert test["Label"].mean() == validation["Label"].mean() == 0.5
+    assert abs(train["Label"].mean() - 0.5) < 1e-3  # 39 copies of validation reviews are left out
+    assert test["Text"].isin({*train["Text"], *validation["Text"]}).sum() == 123
 
 
 def test_the_texts_for_training_are_reviews_of_both_labels(whole):

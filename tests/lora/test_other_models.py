@@ -17,16 +17,97 @@ from models import IDS, foreign, language_model, same_state, small_gpt, state, t
 # Hugging Face's models
 
 
-@pytest.mark.parametrize("kind, counts", [  # query, key, value, projection, mlp, head: layers adapted
-    ("gpt2", (2, 2, 2, 2, 4, 1)),
-    ("llama", (2, 2, 2, 2, 6, 1)),
-    ("bert", (2, 2, 2, 2, 4, 1)),
-])
-def test_roles_find_the_layers_of_other_architectures(kind, counts):
-    model = foreign(kind)
-    assert tuple(len(find_layers(model, role)) for role in ROLES) == counts
-    projections, mlps = (set(find_layers(model, role)) for role in ("projection", "mlp"))
-    assert not projections & mlps
+SIZES = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 2}
+T5 = hf.T5Config(**{"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2,
+                    "decoder_start_token_id": 0})
+THREE = ("query", "key", "value")
+BERT = {role: f"{{}}.attention.self.{role}" for role in THREE} | {
+    "projection": "{}.attention.output.dense", "mlp": "{}.intermediate.dense {}.output.dense"}
+GPT2 = {role: "{}.attn.c_attn" for role in THREE} | {
+    "projection": "{}.attn.c_proj", "mlp": "{}.mlp.c_fc {}.mlp.c_proj"}
+LLAMA = {role: f"{{}}.self_attn.{role[0]}_proj" for role in THREE} | {
+    "projection": "{}.self_attn.o_proj", "mlp": "{}.mlp.gate_proj {}.mlp.up_proj {}.mlp.down_proj"}
+LLAMAS = ("model.layers.0", "model.layers.1")
+ROLE_TABLE = {  # model: its class and configuration, its blocks, its layers by role, {} for a block, its head
+    "bert": (hf.BertForSequenceClassification, hf.BertConfig(**SIZES),
+             ("bert.encoder.layer.0", "bert.encoder.layer.1"), BERT, "classifier"),
+    "roberta": (hf.RobertaForSequenceClassification, hf.RobertaConfig(**SIZES),
+                ("roberta.encoder.layer.0", "roberta.encoder.layer.1"), BERT,
+                "classifier.dense classifier.out_proj"),
+    "distilbert": (
+        hf.DistilBertForSequenceClassification,
+        hf.DistilBertConfig(vocab_size=60, dim=16, hidden_dim=24, n_layers=2, n_heads=2),
+        ("distilbert.transformer.layer.0", "distilbert.transformer.layer.1"),
+        {"query": "{}.attention.q_lin", "key": "{}.attention.k_lin", "value": "{}.attention.v_lin",
+         "projection": "{}.attention.out_lin", "mlp": "{}.ffn.lin1 {}.ffn.lin2"},
+        "pre_classifier classifier",
+    ),
+    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES), LLAMAS, LLAMA, "lm_head"),
+    "llama classifier": (hf.LlamaForSequenceClassification, hf.LlamaConfig(**SIZES), LLAMAS, LLAMA, "score"),
+    "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2),
+             ("transformer.h.0", "transformer.h.1"), GPT2, "lm_head"),
+    "t5": (
+        hf.T5ForConditionalGeneration, T5,
+        ("encoder.block.0.layer.0.SelfAttention", "decoder.block.0.layer.0.SelfAttention",
+         "decoder.block.0.layer.1.EncDecAttention"),
+        {"query": "{}.q", "key": "{}.k", "value": "{}.v", "projection": "{}.o",
+         "mlp": " ".join(f"{side}.DenseReluDense.{name}" for name in ("wi", "wo")
+                         for side in ("encoder.block.0.layer.1", "decoder.block.0.layer.2"))},
+        "lm_head",
+    ),
+    "t5 classifier": (
+        hf.T5ForSequenceClassification, T5, (), {},
+        "classification_head.dense classification_head.out_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROLE_TABLE)
+def test_a_role_selects_exactly_its_layers(kind):
+    make, config, blocks, layers, head = ROLE_TABLE[kind]
+    with torch.device("meta"):
+        model = make(config)
+    for role, names in layers.items():
+        expected = {name for block in blocks for name in names.format(*[block] * 3).split()}
+        assert {*find_layers(model, role)} == expected
+    assert {*find_layers(model, "head")} == {*head.split()}
+    if kind == "t5 classifier":
+        assert not {*head.split()} & {*find_layers(model, ROLES.keys() - {"head"})}
+
+
+QUERY_VALUE, LAST = ("query", "value"), ("pre_classifier", "classifier")
+
+
+def test_distilbert_trains_the_published_numbers_of_parameters():
+    def trained(**options):
+        with torch.device("meta"):
+            model = hf.DistilBertForSequenceClassification(hf.DistilBertConfig())
+            return count_parameters(apply_lora(model, 8, 16, **options) if options else model)[0]
+
+    assert trained() == 66_955_010
+    assert trained(targets=QUERY_VALUE) == 147_456
+    assert trained(targets=(*QUERY_VALUE, "mlp")) == 516_096
+    last = trained(targets=QUERY_VALUE, train_in_full="head") - trained(targets=QUERY_VALUE)
+    assert last == 592_130
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("targets", [QUERY_VALUE, "embedding"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_checkpointed_models_have_the_gradients_of_others(kind, targets, reentrant):
+    gradients = []
+    for checkpointed in (False, True):
+        model = train_a_little(apply_lora(foreign(kind), 2, 2, targets))
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(0)
+        model.train()(input_ids=IDS, labels=torch.tensor([0, 1, 0])).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])

