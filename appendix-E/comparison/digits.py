@@ -20,7 +20,7 @@ from lora.optimizer import lora_adamw
 HALF = 5  # digits in each half
 VALIDATION_SHOTS, TEST_SHOTS = 20, 100  # other images of each new digit
 SHOTS = (5, 10, 20)  # training images of each new digit
-RATES_OF_DIGITS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES_OF_DIGITS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 # Images

@@ -150,7 +150,7 @@ READERS = (
     Reader("whole embedding", 0, False),
     Reader("new rows", 0, True),
 )
-RATES_OF_WORDS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES_OF_WORDS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 def fit_words(model, part, rate, steps=40, batch_size=8, seed=1):

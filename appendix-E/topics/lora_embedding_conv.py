@@ -17,7 +17,6 @@ except ModuleNotFoundError as error:
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import peft
 import torch
 from torch import nn
@@ -156,14 +155,6 @@ def plot_parts(update, parts=("query", "key", "value")):
 
 
 # The comparisons
-
-
-def runs_of(rows, task):
-    """Return a DataFrame of the finished runs of `task` among `rows`. Raises ValueError if there are none."""
-    runs = pd.DataFrame([row for row in rows if row["task"] == task])
-    if runs.empty:
-        raise ValueError(f"no finished run of {task!r}: train it with this module's command")
-    return runs
 
 
 def tabulate_runs(runs, column, reference, factor=1.0, others=()):
