@@ -159,7 +159,7 @@ def plot_parts(update, parts=("query", "key", "value")):
 
 def tabulate_runs(runs, column, reference, factor=1.0, others=()):
     """Return `tabulate_grid`'s DataFrame with the means of the columns `others`, times `factor`, added."""
-    table = tabulate_grid(runs, column, reference, factor)
+    table = tabulate_grid(runs, column, reference, factor).astype({"trained": int})
     final = runs[~runs["tuning"].astype(bool)]
     for name in others:
         table[name] = factor * final.groupby("title")[name].mean()
