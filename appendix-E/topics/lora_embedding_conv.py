@@ -34,7 +34,7 @@ from comparison.digits import (
 from comparison.grid import half_width, run_grid, tabulate_grid
 from comparison.new_words import RATES_OF_WORDS, READERS, WordsTask
 
-RESULTS = Path(__file__).with_name("lora-embedding-conv.jsonl")
+FINISHED = Path(__file__).with_name("lora-embedding-conv.jsonl")
 FREQUENT = 9000  # GPT-2's ids below are those of frequent words
 
 
@@ -157,7 +157,7 @@ def plot_parts(update, parts=("query", "key", "value")):
 # The comparisons
 
 
-def tabulate_runs(runs, column, reference, factor=1.0, others=()):
+def tabulate_means(runs, column, reference, factor=1.0, others=()):
     """Return `tabulate_grid`'s DataFrame with the means of the columns `others`, times `factor`, added."""
     table = tabulate_grid(runs, column, reference, factor).astype({"trained": int})
     final = runs[~runs["tuning"].astype(bool)]
@@ -191,7 +191,7 @@ def main(arguments=None):
     """Train every contender on one task, see --help."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--task", choices=("digits", "words"), required=True)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="file of finished runs")
+    parser.add_argument("--output", type=Path, default=FINISHED, help="file of finished runs")
     parser.add_argument("--shots", type=int, nargs="+", default=SHOTS, help="images of each new digit")
     args = parser.parse_args(arguments)
     if args.task == "words":

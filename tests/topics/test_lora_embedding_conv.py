@@ -16,7 +16,7 @@ from comparison.new_words import NEW_WORDS, READERS
 from figures import find_faults
 from topics import lora_embedding_conv
 from topics.lora_embedding_conv import (
-    RESULTS,
+    FINISHED,
     compare_with_peft,
     neighbours,
     plot_by_shots,
@@ -25,7 +25,7 @@ from topics.lora_embedding_conv import (
     plot_parts,
     plot_row_norms,
     plot_spectra,
-    tabulate_runs,
+    tabulate_means,
 )
 
 NORMAL = torch.Generator().manual_seed(1)
@@ -134,7 +134,7 @@ def test_the_parts_of_a_weight_are_named_in_the_middle_of_their_blocks():
 
 
 def test_the_stored_runs_are_those_of_the_contenders_and_complete():
-    rows = read_rows(RESULTS)
+    rows = read_rows(FINISHED)
     tasks = {"words": READERS} | {f"digits, {shots} each": ADAPTATIONS for shots in SHOTS}
     tasks["digits, 10 each"] = ADAPTATIONS + OTHER_RANKS
     for task, contenders in tasks.items():
@@ -149,7 +149,7 @@ def test_the_stored_runs_are_those_of_the_contenders_and_complete():
 
 def test_a_table_has_means_differences_and_further_columns_in_percent():
     runs = finished_runs(make_rows("digits"), task="digits")
-    table = tabulate_runs(runs, "test", "LoRA, rank 4", 100, ("old",))
+    table = tabulate_means(runs, "test", "LoRA, rank 4", 100, ("old",))
     assert [*table.index] == [each.title for each in ADAPTATIONS]
     assert [*table["mean"]] == pytest.approx([93, 92, 91, 90])
     assert [*table["difference"]] == pytest.approx([0, -1, -2, -3])
