@@ -322,8 +322,9 @@ def check_finite(tensors, why):
 def unmerge_lora(model):
     """Undo `merge_lora`, in place, and return `model`: the original base weights, bit for bit, and LoRA.
 
-    A quantized base has its codes again.     If the model was moved to another device or dtype in between, the original weights are moved as well;
-    A and B stay in float32 at least. Raises ValueError if nothing is merged.
+    A quantized base has its codes again. If the model was moved to another device or dtype in between, the
+    original weights are moved as well; A and B stay in float32 at least. Raises ValueError if nothing is
+    merged.
     """
     if not is_merged(model):
         raise ValueError("no LoRA is merged: nothing to undo; merge_lora merges it")
