@@ -69,7 +69,7 @@ class NF4Weight(QuantizedWeight):
     def __init__(self, weight, double, block):
         rows = in_rows(weight.flatten(), block)
         absmax = rows.abs().amax(1)
-        levels = NF4.to(weight.device)
+        levels = NF4.clone().to(weight.device)  # safetensors saves no shared memory
         middles = (levels[1:] + levels[:-1]) / 2  # a number that is one takes the lower level
         codes = torch.bucketize(rows / divisor(absmax), middles, out_int32=True)
         first, second = codes.view(-1, 2).unbind(1)
