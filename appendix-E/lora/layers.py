@@ -81,7 +81,7 @@ def apply_lora(
         found = find_layers(model, targets).items()
         layers = {name: old for name, old in found if old not in inside}
         if not layers:
-            raise ValueError("nothing is left for LoRA: train_in_full has all targets")
+            raise ValueError("nothing is left for LoRA: give other targets")
         ranked = 1 if settings["variant"] == "vera" else rank
         check_layers(layers.values(), ranked, dropout)
         quantized = quantized_layers(model, base, inside)
