@@ -43,7 +43,8 @@ def swap(model, new):
 
 def apply_lora(
     model, rank, alpha, targets="all", scaling="alpha", dropout=0.0,
-    init="printed", train_in_full=(), variant="lora", split_qkv=False, base=None, **options,
+    init="printed", train_in_full=(), variant="lora", split_qkv=False, base=None,
+    **options,
 ):
     """Put LoRA into the layers that `targets` select, in place, freeze the rest, return `model`.
 

@@ -104,8 +104,8 @@ def check_variant(branch, scaling, ratio, init, options):
 
 def is_conv1d(module):
     """Return whether `module` is Hugging Face's Conv1D, a linear layer whose weight is (in, out = nf)."""
-    width = getattr(module, "nf", None)
-    weight = module._parameters.get("weight", getattr(module, "like", None))  # quantized: `like`
+    width, own = getattr(module, "nf", None), module._parameters
+    weight = own.get("weight", getattr(module, "like", None))  # like, if quantized
     return None not in (width, weight) and weight.shape[1:] == (width,)
 
 
