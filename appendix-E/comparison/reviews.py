@@ -92,7 +92,7 @@ class ReviewTask:
         return numbers
 
 
-def measure_step(contender, choice, device, steps=5, settings=AS_PUBLISHED, length=MAX_LENGTH):
+def measure_encoder_step(contender, choice, device, steps=5, settings=AS_PUBLISHED, length=MAX_LENGTH):
     """Return seconds_per_step, step_memory_bytes and trained of random reviews of full length.
 
     Run it with nothing else running.

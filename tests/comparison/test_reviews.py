@@ -9,7 +9,7 @@ import torch
 
 import comparison.reviews
 from book_assets import Choice
-from comparison.reviews import AS_PUBLISHED, ReviewTask, measure_step, regress_on_words
+from comparison.reviews import AS_PUBLISHED, ReviewTask, measure_encoder_step, regress_on_words
 from film_reviews.reviews import load_labelled
 from topics.encoder_reviews import Recipe
 
@@ -54,8 +54,9 @@ def test_the_seed_decides_the_run_and_tuning_leaves_the_test_reviews_out(task):
 
 
 def test_a_step_costs_less_memory_with_lora_than_with_all_weights():
+    settings = replace(SETTINGS, batch_size=2)
     lora, everything = (
-        measure_step(recipe, EMBEDDED, CPU, steps=1, settings=replace(SETTINGS, batch_size=2), length=8)
+        measure_encoder_step(recipe, EMBEDDED, CPU, steps=1, settings=settings, length=8)
         for recipe in (Recipe("default"), Recipe("all", trains="all"))
     )
     assert lora["trained"] < everything["trained"] and lora["seconds_per_step"] > 0

@@ -15,7 +15,6 @@ LORA = tuple(
 )
 SPAM = ("appendix-E/spam_classifier/evaluation", "appendix-E/spam_classifier/experiments")
 INSTRUCTIONS = tuple(f"appendix-E/instructions/{name}" for name in ("data", "collate", "training", "scores"))
-REVIEWS = ("appendix-E/film_reviews/encoder", "appendix-E/comparison/reviews")
 MIRRORS = {  # notebook: the modules whose definitions it shows
     "ch04/ch04": ("ch04/ch04",),
     "ch05/ch05": ("ch05/ch05", "ch05/gpt_checkpoint"),
@@ -24,9 +23,12 @@ MIRRORS = {  # notebook: the modules whose definitions it shows
     "appendix-E/topics/inside-lora": ("appendix-E/topics/inside_lora", *LORA),
     "appendix-E/topics/what-lora-buys": ("appendix-E/topics/what_lora_buys", *SPAM),
     "appendix-E/topics/lora-variants": ("appendix-E/topics/lora_variants",),
-    "appendix-E/topics/encoder-reviews": ("appendix-E/topics/encoder_reviews", *REVIEWS),
     "appendix-E/topics/instruction-finetuning": (
         "appendix-E/topics/instruction_finetuning", *INSTRUCTIONS,
+    ),
+    "appendix-E/topics/lora-embedding-conv": (
+        "appendix-E/topics/lora_embedding_conv", "appendix-E/comparison/new_words",
+        "appendix-E/comparison/digits",
     ),
 }
 
@@ -35,8 +37,9 @@ DRAWING = "draws or measures something in the notebook alone"
 TRY_OUT = "tries a definition out, in the notebook alone"
 NOTEBOOK_ONLY = {
     "count": TRY_OUT, "relative_change": DRAWING, "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
-    "LastRealToken": TRY_OUT, "distilbert": TRY_OUT, "spam_probability": DRAWING, "new_model": TRY_OUT,
+    "LastRealToken": TRY_OUT, "spam_probability": DRAWING, "new_model": TRY_OUT,
     "crossing": DRAWING, "by_wording": DRAWING,
+    "report": TRY_OUT, "show_neighbours": TRY_OUT,
 }
 
 BOOK_NAMES = {
