@@ -13,6 +13,7 @@ from instructions.training import InstructionSettings, answer_loss, fit_instruct
 from language_model.training import TextHistory, load_language_model
 
 EPOCHS = {"embedded": 12, "book": 2}  # of the data; the book's is chapter 7's number
+SCORES = ("exact", "f1")
 ANSWER_TOKENS = {"embedded": 20, "book": 80}  # at most; the longest right answers have 8 and 50
 
 
@@ -73,7 +74,8 @@ class InstructionTask:
         """Train a new model; return its numbers.
 
         Losses are the answers' in nats per token, whatever was trained on, so that they can be compared; test
-        and test_f1 are the scores of all tasks, exact_TASK those of one. `tuning` leaves the test part out.
+        and test_f1 are the scores of all tasks, exact_TASK and f1_TASK those of one, and with known_wording or
+        new_wording those of all entries with such. `tuning` leaves the test part out.
         """
         model, history = self.train(contender, rate, seed)
         numbers = {
@@ -89,10 +91,11 @@ class InstructionTask:
         answers, entries = self.answers(model), self.parts["test"]
         scores = score_answers(entries, answers)
         numbers = {"test": scores.loc["all", "exact"], "test_f1": scores.loc["all", "f1"]}
-        numbers |= {f"exact_{task}": value for task, value in scores["exact"].drop("all").items()}
+        groups = scores.drop("all")
         for name, flag in (("known_wording", False), ("new_wording", True)):
             chosen = [n for n, entry in enumerate(entries) if entry.get("new_wording") is flag]
             if chosen:
                 some = score_answers([entries[n] for n in chosen], [answers[n] for n in chosen])
-                numbers[f"exact_{name}"] = some.loc["all", "exact"]
+                groups.loc[name] = some.loc["all"]
+        numbers |= {f"{measure}_{name}": groups.loc[name, measure] for measure in SCORES for name in groups.index}
         return {name: float(value) for name, value in numbers.items()}

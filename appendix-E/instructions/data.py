@@ -1,7 +1,7 @@
 """Instructions with their answers: loading them, and the prompt that the model sees.
 
 An entry is a dictionary with "instruction", "input" (may be empty) and "output". The book's are chapter 7's
-1,100; without a download there are 780 short ones, written for this repository
+1,100; without a download there are 1,872 short ones, written for this repository
 (short_instructions/README.md), which also have a "task".
 """
 

@@ -42,8 +42,9 @@ def numbers(task):
 
 
 def test_a_run_gives_losses_scores_and_what_trained(task, numbers):
-    tasks = {f"exact_{entry['task']}" for entry in task.parts["test"]}
-    wordings = {"exact_new_wording", "exact_known_wording"}
+    names = [entry["task"] for entry in task.parts["test"]]
+    tasks = {f"{measure}_{name}" for measure in ("exact", "f1") for name in names}
+    wordings = {f"{m}_{name}_wording" for m in ("exact", "f1") for name in ("new", "known")}
     assert numbers.keys() - wordings == tasks | {
         "trained", "steps", "seconds_per_step", "validation_loss", "test_loss", "test", "test_f1",
     }

@@ -1,8 +1,8 @@
 """Write the short instructions with their answers from the words and wordings in words.txt.
 
-There are three tasks with 52 entries, one for each word of a list, and eight with 78, which combine words. What
-a task works on (a word, a sentence) is used once, so in one part of the data only. Half of the entries for
-testing also have a wording that occurs nowhere else. Rewrite the file with
+Each of the nine tasks has 208 entries. Seven combine words and use each combination once; two ask about single
+words and use each in four wordings. What a task works on (a word, a sentence) is in one part of the data only.
+Half of the entries for testing also have a wording that occurs nowhere else. Rewrite the file with
 
     python appendix-E/instructions/short_instructions/make_instructions.py
 """
@@ -20,15 +20,10 @@ from book_assets.files import check_outputs, write_whole
 from book_assets.table import EMBEDDED_INSTRUCTIONS
 
 WORD_LISTS = Path(__file__).resolve().parent / "words.txt"
-PER_LIST = {"train": 36, "validation": 4, "test": 12}  # entries for a list of 52 words
-COMBINATIONS = 78  # entries of a task that combines words
+PER_TASK = {"train": 144, "validation": 16, "test": 48}  # entries
 NEW = 2  # wordings of a task, its last ones, that only the test part has
-LARGEST = 20  # number to compare
+HIGHEST = 20  # number to compare
 NUMBERS = ("two", "three", "four", "five", "six")
-KIND_ANSWERS = {  # list of words: what is answered
-    "animals": "It is an animal.", "food": "It is food.", "clothing": "It is clothing.",
-    "body": "It is a part of the body.",
-}
 
 
 @dataclass(frozen=True)
@@ -60,21 +55,12 @@ def with_article(word):
 
 
 def share(items):
-    """Return {part: items}, the list cut in the proportion of PER_LIST: the test part's come first."""
-    test, held_out = (len(items) * sum(map(PER_LIST.get, names)) // sum(PER_LIST.values()) for names in (
-        ("test",), ("test", "validation"),
-    ))
-    return {"train": items[held_out:], "validation": items[test:held_out], "test": items[:test]}
-
-
-def join(*parts):
-    """Return {part: items} with the items of several such dictionaries."""
-    return {name: [item for each in parts for item in each[name]] for name in PER_LIST}
-
-
-def thin(parts, share):
-    """Return {part: items} with the first of each part's items, `share` of the number in PER_LIST."""
-    return {name: items[: int(PER_LIST[name] * share)] for name, items in parts.items()}
+    """Return {part: items}, the list cut in the proportion of PER_TASK: the test part's come first."""
+    cuts, done = {}, 0
+    for name in ("test", "validation", "train"):
+        done, start = done + len(items) * PER_TASK[name] // sum(PER_TASK.values()), done
+        cuts[name] = items[start:done]
+    return {name: cuts[name] for name in PER_TASK}
 
 
 class Instructor:
@@ -103,14 +89,10 @@ class Instructor:
                 chosen.append(word)
         return chosen
 
-    def each(self, name, make):
-        """Return the items `make(*forms)` of all words of the block `name`, shared out."""
-        return share([make(*forms) for forms in self.shuffle(self.words[name])])
-
     def draw_items(self, make):
-        """Return COMBINATIONS items of `make()`, all with another "given", shared out."""
+        """Return items of `make()`, all with another "given", as many as a task has entries, shared out."""
         items = {}
-        while len(items) < COMBINATIONS:
+        while len(items) < sum(PER_TASK.values()):
             places, answer = make()
             items.setdefault(places["given"], (places, answer))
         return share([*items.values()])
@@ -118,7 +100,10 @@ class Instructor:
     # The tasks
 
     def plural(self):
-        return self.each("nouns", lambda one, many: ({"word": one, "given": f"one {one}"}, f"two {many}"))
+        return share([
+            ({"word": one, "given": f"one {one}"}, f"two {many}")
+            for one, many in self.shuffle(self.words["nouns"])
+        ])
 
     def greet(self):
         def make():
@@ -162,18 +147,9 @@ class Instructor:
 
     def larger(self):
         def make():
-            one = int(self.draw() * LARGEST) + 1
-            other = (one + int(self.draw() * (LARGEST - 1))) % LARGEST + 1  # another one
+            one = int(self.draw() * HIGHEST) + 1
+            other = (one + int(self.draw() * (HIGHEST - 1))) % HIGHEST + 1  # another one
             return {"given": f"{one} and {other}"}, f"The larger number is {max(one, other)}."
-
-        return self.draw_items(make)
-
-    def who(self):
-        def make():
-            names, things = self.some("names", 2), self.some("things", 2)
-            asked = int(self.draw() * 2)
-            text = " ".join(f"{n} has {with_article(t)}." for n, t in zip(names, things, strict=True))
-            return {"given": text, "thing": things[asked]}, f"{names[asked]} has the {things[asked]}."
 
         return self.draw_items(make)
 
@@ -186,59 +162,52 @@ class Instructor:
 
         return self.draw_items(make)
 
-    def kinds(self):
-        """Return {kind: {part: words with their articles}}: each word is in one part, for both tasks."""
-        return {kind: self.each(kind, with_article) for kind in KIND_ANSWERS}
-
-    def animal(self, kinds):
-        animals, *others = kinds.values()
-        right = {name: [({"given": x}, "Yes, it is.") for x in xs] for name, xs in animals.items()}
-        wrong = {
-            name: [({"given": x}, "No, it is not.") for x in self.shuffle(xs)]
-            for name, xs in join(*others).items()
-        }
-        return join(thin(right, 1 / 2), thin(wrong, 1 / 2))
-
-    def kind(self, kinds):
-        quarters = {kind: thin(parts, 1 / 4) for kind, parts in kinds.items()}
-        return join(*(
-            {name: [({"given": x}, KIND_ANSWERS[kind]) for x in xs] for name, xs in parts.items()}
-            for kind, parts in quarters.items()
-        ))
+    def animal(self):
+        animals, others = (self.words["animals"], self.words["food"] + self.words["clothing"])
+        right, wrong = (
+            share([({"given": with_article(word)}, answer) for (word,) in self.shuffle(words)])
+            for words, answer in ((animals, "Yes, it is."), (others, "No, it is not."))
+        )
+        return {name: right[name] + wrong[name] for name in PER_TASK}
 
     def tasks(self):
         """Return {task: {part: items}}."""
-        names = (
-            "plural", "greet", "last", "repeat", "count", "reverse", "larger", "who", "colour",
-        )
-        kinds = self.kinds()
-        items = {name: getattr(self, name)() for name in names}
-        return items | {"animal": self.animal(kinds), "kind": self.kind(kinds)}
+        names = ("animal", "plural", "greet", "last", "repeat", "reverse", "colour", "larger", "count")
+        return {name: getattr(self, name)() for name in names}
 
-    def word(self, part, task, number, places, answer):
-        """Return the entry of an item, `number` of its part, in one of the wordings that the part may use."""
-        wordings = self.words[f"say {task}"]
-        new = part == "test" and number % 2 == 1
-        allowed = wordings[-NEW:] if new else wordings[:-NEW]
-        wording = allowed[int(self.draw() * len(allowed))]
-        inside = "{word}" in wording or "{given}" in wording
-        given = f"{places['given']} {places.get('thing', '')}".strip()
-        return Instruction(
-            part, task, given, new, wording.format(**places), "" if inside else places["given"], answer
-        )
+    def word(self, part, task, items):
+        """Return the entries of a part's items, each in as many wordings as fill up the part."""
+        known, new = self.words[f"say {task}"][:-NEW], self.words[f"say {task}"][-NEW:]
+        starts = [int(self.draw() * len(known)) for _ in items]
+        rounds, entries = PER_TASK[part] // len(items), []
+        for count, (start, item) in enumerate(zip(starts * rounds, items * rounds, strict=True)):
+            is_new = part == "test" and count >= PER_TASK[part] / 2
+            wordings = new if is_new else known
+            wording = wordings[(start + count // len(items)) % len(wordings)]
+            entries.append(make_entry(part, task, is_new, wording, *item))
+        return entries
+
+
+def make_entry(part, task, new_wording, wording, places, answer):
+    """Return an `Instruction`: the places of the wording are filled, or what they lack is its input."""
+    inside = "{word}" in wording or "{given}" in wording
+    given = f"{places['given']} {places.get('thing', '')}".strip()
+    return Instruction(
+        part, task, given, new_wording, wording.format(**places), "" if inside else places["given"], answer
+    )
 
 
 def make_instructions(seed=1):
     """Return the entries of all parts, the same list on every machine; the tasks of a part are mixed."""
     instructor = Instructor(read_words(), random.Random(seed).random)
     entries = [
-        instructor.word(part, task, number, *item)
+        entry
         for task, parts in instructor.tasks().items()
         for part, items in parts.items()
-        for number, item in enumerate(instructor.shuffle(items))
+        for entry in instructor.word(part, task, instructor.shuffle(items))
     ]
     return [
-        entry for part in PER_LIST
+        entry for part in PER_TASK
         for entry in instructor.shuffle([entry for entry in entries if entry.part == part])
     ]
 
@@ -247,7 +216,7 @@ def format_entries(entries):
     """Return the entries as JSON, {part: [entry]} with an entry per line."""
     fields = ("task", "new_wording", "instruction", "input", "output")
     parts = []
-    for part in PER_LIST:
+    for part in PER_TASK:
         lines = (
             json.dumps({name: getattr(entry, name) for name in fields})
             for entry in entries if entry.part == part
