@@ -13,7 +13,6 @@ from instructions.training import InstructionSettings, answer_loss, fit_instruct
 from language_model.training import TextHistory, load_language_model
 
 EPOCHS = {"embedded": 12, "book": 2}  # of the data; the book's is chapter 7's number
-SCORES = ("exact", "f1")
 ANSWER_TOKENS = {"embedded": 20, "book": 80}  # at most; the longest right answers have 8 and 50
 
 
@@ -74,8 +73,8 @@ class InstructionTask:
         """Train a new model; return its numbers.
 
         Losses are the answers' in nats per token, whatever was trained on, so that they can be compared; test
-        and test_f1 are the scores of all tasks, exact_TASK and f1_TASK those of one, and with known_wording or
-        new_wording those of all entries with such. `tuning` leaves the test part out.
+        and test_f1 are the scores of all entries, exact_TASK and f1_TASK those of one task; known_wording and
+        new_wording stand for TASK, too. `tuning` leaves the test part out.
         """
         model, history = self.train(contender, rate, seed)
         numbers = {
@@ -97,5 +96,6 @@ class InstructionTask:
             if chosen:
                 some = score_answers([entries[n] for n in chosen], [answers[n] for n in chosen])
                 groups.loc[name] = some.loc["all"]
-        numbers |= {f"{measure}_{name}": groups.loc[name, measure] for measure in SCORES for name in groups.index}
+        for measure in ("exact", "f1"):
+            numbers |= {f"{measure}_{name}": value for name, value in groups[measure].items()}
         return {name: float(value) for name, value in numbers.items()}

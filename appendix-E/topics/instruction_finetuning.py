@@ -5,8 +5,8 @@
     python appendix-E/topics/instruction_finetuning.py compare --assets embedded
 
 `finetune` writes the adapter (or, with --method full, the model), results.json and answers.json into the
-folder `--output`. `compare` trains all APPROACHES; a finished run is a line of JSON in its file, and none is
-repeated.
+folder `--output`. `compare` trains every approach; a finished run is a line of JSON in its file, and none
+is repeated.
 """
 
 import argparse
@@ -50,7 +50,7 @@ TUNING_FLAGS = ("learning_rate", "batch_size", "seed", "weight_decay", "precisio
 
 
 @dataclass(frozen=True)
-class Approach:
+class InstructionApproach:
     """What trains: "lora" in all linear layers, "full", all weights, or "none"; and on which tokens.
 
     - `rank`, `alpha`: LoRA's; alpha is the scale itself, as printed
@@ -71,12 +71,12 @@ class Approach:
         return model.requires_grad_(self.method == "full")
 
 
-BASE = Approach("base model", method="none")
-APPROACHES = (
-    Approach("LoRA"),
-    Approach("LoRA, prompt masked", mask_prompt=True),
-    Approach("all weights", method="full"),
-    Approach("all weights, prompt masked", method="full", mask_prompt=True),
+BASE = InstructionApproach("base model", method="none")
+INSTRUCTION_APPROACHES = (
+    InstructionApproach("LoRA"),
+    InstructionApproach("LoRA, prompt masked", mask_prompt=True),
+    InstructionApproach("all weights", method="full"),
+    InstructionApproach("all weights, prompt masked", method="full", mask_prompt=True),
 )
 
 
@@ -134,14 +134,19 @@ def tabulate_scores(entries, columns):
     return exact.round(1)
 
 
+def final_runs(rows):
+    """Return {title: DataFrame} of those finished runs that did not only serve to choose a rate."""
+    final = pd.DataFrame([row for row in rows if not row["tuning"] and row["validation_loss"] is not None])
+    return dict([*final.groupby("title", sort=False)]) if len(final) else {}
+
+
 def tabulate_comparison(rows):
     """Return a DataFrame of texts, a row per approach: rate, trained, scores in % and losses, mean ± spread.
 
     The spread is one standard deviation of the seeds; of a single run there is none.
     """
     table = {}
-    final = pd.DataFrame([row for row in rows if not row["tuning"] and row["validation_loss"] is not None])
-    for title, runs in final.groupby("title", sort=False) if len(final) else ():
+    for title, runs in final_runs(rows).items():
         row = table[title] = {"rate": f"{runs['rate'].iloc[0]:g}", "trained": f"{runs['trained'].iloc[0]:,}"}
         for column, factor, name, digits in (
             ("test", 100, "exact (%)", 1), ("test_f1", 100, "F1 (%)", 1), ("test_loss", 1, "loss (nats)", 3),
@@ -153,7 +158,19 @@ def tabulate_comparison(rows):
     return pd.DataFrame(table).T
 
 
-def plot_training(histories):
+def tabulate_tasks(rows, measure="exact"):
+    """Return a DataFrame of means over the seeds in %, a column per approach, a row per task and wording.
+
+    `measure` is "exact" or "f1".
+    """
+    names = {f"{measure}_known_wording": "known wordings", f"{measure}_new_wording": "new wordings"}
+    means = {
+        title: 100 * runs.filter(regex=f"^{measure}_").mean() for title, runs in final_runs(rows).items()
+    }
+    return pd.DataFrame(means).rename(lambda name: names.get(name, name.removeprefix(f"{measure}_"))).round(1)
+
+
+def plot_answer_loss(histories):
     """Return a Figure: the answers' validation loss of {title: TextHistory} over the steps, in nats."""
     fig, ax = plt.subplots(figsize=(6.5, 2.8), layout="constrained")
     for title, history in histories.items():
@@ -189,7 +206,7 @@ def finetune_instructions(args):
     check_outputs(*(folder / name for name in (weights, RESULTS_FILE, ANSWERS_FILE)))
     choice, device = args.assets or choose_assets("book"), pick_device()
     settings = chosen_settings(args, choice)
-    approach = Approach(args.method, args.method, settings.mask_prompt, args.rank, args.alpha)
+    approach = InstructionApproach(args.method, args.method, settings.mask_prompt, args.rank, args.alpha)
     print(choice)
     task = InstructionTask(choice, device, settings, args.size)
     model, history = task.train(approach, settings.learning_rate, settings.seed)
@@ -226,13 +243,13 @@ def ask(args):
     print(answer(model, get_tokenizer(), entry, args.max_new_tokens))
 
 
-def compare_approaches(args):
+def compare_instructions(args):
     """Give each approach its learning rate, train it with all seeds, and print the table."""
     check_outputs(args.output)
     choice = args.assets or choose_assets("embedded")
     settings = chosen_settings(args, choice)
     task = InstructionTask(choice, pick_device(), settings, args.size)
-    chosen = [each for each in APPROACHES if not args.only or each.title in args.only]
+    chosen = [each for each in INSTRUCTION_APPROACHES if not args.only or each.title in args.only]
     base = find_or_run(task, BASE, args.output, print, 0.0, 0, tuning=False)
     runs = run_grid(task, chosen, args.output, args.rates, args.seeds)
     print(tabulate_comparison([base, *runs.to_dict("records")]).to_string())
@@ -245,15 +262,15 @@ def add_training_flags(parser, default):
     parser.add_argument("--epochs", type=int, help=f"default: {EPOCHS}")
 
 
-def build_command_line():
+def instruction_parser():
     """Return the parser of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     tune = commands.add_parser("finetune", help="train once", formatter_class=HelpFormatter)
     add_training_flags(tune, "book")
     tune.add_argument("--method", choices=("lora", "full"), default="lora", help="LoRA or all weights")
-    tune.add_argument("--rank", type=int, default=Approach.rank, help="LoRA's")
-    tune.add_argument("--alpha", type=float, default=Approach.alpha, help="LoRA's scale itself")
+    tune.add_argument("--rank", type=int, default=InstructionApproach.rank, help="LoRA's")
+    tune.add_argument("--alpha", type=float, default=InstructionApproach.alpha, help="LoRA's scale itself")
     add_flags(tune, InstructionSettings(), TUNING_FLAGS)
     tune.add_argument("--output", type=Path, default=Path("instructions"), help="folder of the results")
     tune.set_defaults(run=finetune_instructions)
@@ -266,18 +283,18 @@ def build_command_line():
     grid = commands.add_parser("compare", help="train every approach", formatter_class=HelpFormatter)
     add_training_flags(grid, "embedded")
     grid.add_argument("--output", type=Path, default=INSTRUCTION_RUNS, help="file of finished runs")
-    titles = [each.title for each in APPROACHES]
+    titles = [each.title for each in INSTRUCTION_APPROACHES]
     grid.add_argument("--only", nargs="+", choices=titles, help="these alone")
     grid.add_argument("--rates", type=float, nargs="+", default=RATES, help="grid of learning rates")
     grid.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the comparison")
-    grid.set_defaults(run=compare_approaches)
+    grid.set_defaults(run=compare_instructions)
     return parser
 
 
 @command
 def main(arguments=None):
     """Run one command, see --help."""
-    args = build_command_line().parse_args(arguments)
+    args = instruction_parser().parse_args(arguments)
     args.run(args)
 
 

@@ -7,7 +7,7 @@ ENTRIES = (  # prompt, answer
     (("Greet", "Ann", ":"), ("Hi", "Ann", "!")),
     (("Shout", "yes", ":"), ("YES",)),
 )
-COLORS = {"prompt": "blue", "answer": "orange", "end": "green", "padding": "grey", "hidden": "white"}
+KIND_COLORS = {"prompt": "blue", "answer": "orange", "end": "green", "padding": "grey", "hidden": "white"}
 
 
 def padded_batch():
@@ -26,7 +26,7 @@ def padded_batch():
         rows = [make_row(*entry, width, masked) for entry in ENTRIES]
         cells(
             ax, 2.0, top, len(rows), width, size, values=[[text for text, _ in row] for row in rows],
-            color=lambda row, column, rows=rows: COLORS[rows[row][column][1]],
+            color=lambda row, column, rows=rows: KIND_COLORS[rows[row][column][1]],
         )
         write(ax, 1.85, top - size + 0.1, title, ha="right", weight="bold")
         write(ax, 1.85, top - size - 0.14, note, ha="right", size=SMALL)
@@ -51,5 +51,5 @@ def draw_legend(ax, x, y):
              "hidden": "does not count"}
     for number, (kind, text) in enumerate(names.items()):
         top = y - 0.32 * number
-        cells(ax, x, top, 1, 1, 0.2, color=COLORS[kind])
+        cells(ax, x, top, 1, 1, 0.2, color=KIND_COLORS[kind])
         write(ax, x + 0.3, top - 0.1, text, ha="left", size=SMALL)

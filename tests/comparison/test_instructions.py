@@ -11,7 +11,7 @@ from instructions.data import load_instructions
 from instructions.training import InstructionSettings
 from language_model.training import load_language_model
 from models import same_state, state
-from topics.instruction_finetuning import BASE, Approach
+from topics.instruction_finetuning import BASE, InstructionApproach
 
 CPU = torch.device("cpu")
 EMBEDDED = Choice("embedded", "embedded")
@@ -38,7 +38,7 @@ def test_the_task_says_what_its_numbers_depend_on(task):
 @pytest.fixture(scope="module")
 def numbers(task):
     """Those of a run with seed 1."""
-    return task.run(Approach("LoRA", rank=2), 1e-3, seed=1)
+    return task.run(InstructionApproach("LoRA", rank=2), 1e-3, seed=1)
 
 
 def test_a_run_gives_losses_scores_and_what_trained(task, numbers):
@@ -55,7 +55,7 @@ def test_a_run_gives_losses_scores_and_what_trained(task, numbers):
 
 
 def test_the_seed_decides_the_run_and_tuning_leaves_the_test_part_out(task, numbers):
-    same, other = (task.run(Approach("LoRA", rank=2), 1e-3, seed, tuning=True) for seed in (1, 2))
+    same, other = (task.run(InstructionApproach("LoRA", rank=2), 1e-3, seed, tuning=True) for seed in (1, 2))
     for run in (same, other):
         assert run.keys() == {"trained", "steps", "seconds_per_step", "validation_loss"}
     assert same["validation_loss"] == numbers["validation_loss"] != other["validation_loss"]
@@ -70,7 +70,8 @@ def test_the_base_model_is_judged_as_it_is(task):
 
 def test_the_prompts_are_learned_unless_they_are_masked(task):
     losses = {
-        masked: task.train(Approach("", rank=2, mask_prompt=masked), 1e-3, seed=1)[1] for masked in (0, 1)
+        masked: task.train(InstructionApproach("", rank=2, mask_prompt=masked), 1e-3, seed=1)[1]
+        for masked in (False, True)
     }
     assert losses[0].validation[0] == losses[1].validation[0]  # of the answers, with both
     assert losses[0].losses[0] != pytest.approx(losses[1].losses[0], abs=0.1)

@@ -57,7 +57,8 @@ def test_the_real_file_has_the_books_parts(whole):
 def test_the_embedded_entries_are_the_short_ones():
     parts = load_instructions(EMBEDDED)
     assert parts == load_short_instructions()
-    assert {name: len(part) for name, part in parts.items()} == {"train": 1296, "validation": 144, "test": 432}
+    sizes = {name: len(part) for name, part in parts.items()}
+    assert sizes == {"train": 1296, "validation": 144, "test": 432}
 
 
 @pytest.mark.parametrize("content", ["", "[", "{}", '{"train": []}', "[]", "\xff"])

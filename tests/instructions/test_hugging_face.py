@@ -21,7 +21,7 @@ def causal_model():
 
 
 def labels_for_hugging_face(encoded):
-    """Return labels as transformers wants them: the inputs themselves, not shifted, -100 where none counts."""
+    """Return labels as transformers wants them: the inputs, not shifted, and -100 where none counts."""
     width = max(len(ids) for ids, _ in encoded) + 1
     rows = [[IGNORED] * n + ids[n:] + [END] + [IGNORED] * (width - 1 - len(ids)) for ids, n in encoded]
     return torch.tensor(rows)
@@ -49,7 +49,7 @@ def masked_loss(model, encoded):
 
 
 def full_rows(encoded):
-    """Return the inputs (B, T + 1) with the end token of the longest row, which `collate` has no input for."""
+    """Return inputs (B, T + 1): `collate`'s, and the end of the longest row, which is a target there."""
     inputs, _ = collate(encoded)
     return torch.cat([inputs, torch.full((len(inputs), 1), END)], dim=1)
 

@@ -1,30 +1,34 @@
 """Fine-tuning on instructions from the command line, asking the result, tables and figures."""
 
 import json
+from dataclasses import asdict
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import comparison.instructions
 from appendix_e import count_parameters
-from comparison.grid import read_rows
+from comparison.grid import at_the_edge, finished_runs, read_rows
+from comparison.instructions import EPOCHS
 from figures import find_faults
+from instructions.data import load_short_instructions
 from language_model.training import TextHistory, load_language_model
 from models import small_gpt
 from topics import instruction_finetuning
 from topics.instruction_finetuning import (
-    APPROACHES,
     BASE,
-    Approach,
+    INSTRUCTION_APPROACHES,
+    INSTRUCTION_RUNS,
+    InstructionApproach,
     main,
     pair_answers,
+    plot_answer_loss,
     plot_tasks,
-    plot_training,
     show_answers,
     tabulate_comparison,
     tabulate_scores,
+    tabulate_tasks,
 )
 
 ENTRIES = [
@@ -56,11 +60,12 @@ def run(capsys, *arguments):
 
 
 def test_what_an_approach_trains():
-    for approach, count in ((BASE, 0), (Approach("", rank=2), 2 * (2 * (4 * 48 + 2 * 120) + 24 + 2))):
+    pairs = 2 * (2 * (4 * 48 + 2 * 120) + 24 + 2)
+    for approach, count in ((BASE, 0), (InstructionApproach("", rank=2), pairs)):
         assert count_parameters(approach.adapt(small_gpt()))[0] == count
-    model = Approach("", method="full").adapt(small_gpt())
+    model = InstructionApproach("", method="full").adapt(small_gpt())
     assert count_parameters(model)[0] == count_parameters(model)[1]
-    assert len({each.title for each in (*APPROACHES, BASE)}) == 5
+    assert len({each.title for each in (*INSTRUCTION_APPROACHES, BASE)}) == 5
 
 
 @pytest.mark.parametrize("method, file", [("lora", "lora.safetensors"), ("full", "model.pth")])
@@ -114,7 +119,7 @@ def test_a_users_mistake_is_one_line(tmp_path, capsys, monkeypatch, arguments, w
 
 def test_another_tasks_adapter_is_refused(tmp_path, capsys):
     model, _ = load_language_model("tiny")
-    instruction_finetuning.save_adapter(Approach("", rank=1).adapt(model), tmp_path)
+    instruction_finetuning.save_adapter(InstructionApproach("", rank=1).adapt(model), tmp_path)
     code, _ = run(capsys, "ask", "--adapter", tmp_path, "Say hello.")
     assert "another task's adapter" in code
 
@@ -149,10 +154,36 @@ def test_the_comparison_has_means_and_spreads_of_the_seeds():
     assert tabulate_comparison([]).empty
 
 
+def test_the_tasks_have_the_means_of_the_seeds():
+    some = {"exact_last": 0.5, "exact_new_wording": 0.2, "f1_last": 0.9}
+    rows = [made_up(**some), made_up(**some | {"exact_last": 1.0}), made_up(tuning=True)]
+    table = tabulate_tasks([*rows, made_up(title="base model", **some)])
+    assert table["LoRA"].to_dict() == {"last": 75.0, "new wordings": 20.0}
+    assert table["base model"].to_dict() == {"last": 50.0, "new wordings": 20.0}
+    assert tabulate_tasks(rows, "f1")["LoRA"].to_dict() == {"last": 90.0}
+
+
+def test_every_stored_run_is_one_of_a_contender_on_the_short_instructions():
+    rows = read_rows(INSTRUCTION_RUNS)
+    contenders = {each.title: each for each in (*INSTRUCTION_APPROACHES, BASE)}
+    counts = {name: len(part) for name, part in load_short_instructions().items()}
+    assert {row["title"] for row in rows} <= contenders.keys()
+    for row in rows:
+        assert asdict(contenders[row["title"]]).items() <= row.items()
+        assert (row["data"], row["model"], row["counts"]) == ("embedded", "tiny", counts)
+        assert row["epochs"] == EPOCHS["embedded"]
+
+
+def test_the_stored_comparison_is_finished():
+    runs = finished_runs(read_rows(INSTRUCTION_RUNS))
+    assert {*runs["title"]} == {"LoRA", "LoRA, prompt masked", "all weights, prompt masked"}
+    assert at_the_edge(runs) == []
+
+
 def test_a_figure_has_a_curve_per_training_and_a_bar_per_task():
     histories = {"LoRA": TextHistory(validation={0: 5.0, 10: 2.0}), "all": TextHistory(validation={0: 5.0})}
-    figure = plot_training(histories)
-    assert [line.get_ydata().tolist() for line in map(as_arrays, figure.axes[0].lines)] == [[5, 2], [5]]
+    figure = plot_answer_loss(histories)
+    assert [[*line.get_ydata()] for line in figure.axes[0].lines] == [[5, 2], [5]]
     assert find_faults(figure) == []
     exact = pd.DataFrame({"base": [0.0, 10, 5, 20], "LoRA": [50.0, 60, 55, 70]},
                          index=["past", "plural", "all", "F1, all"])
@@ -161,13 +192,9 @@ def test_a_figure_has_a_curve_per_training_and_a_bar_per_task():
     assert find_faults(figure) == []
 
 
-def as_arrays(line):
-    line.set_ydata(np.asarray(line.get_ydata()))
-    return line
-
-
 def test_the_model_is_asked_in_evaluation_mode(tmp_path):
     model, _ = load_language_model("tiny")
-    instruction_finetuning.save_adapter(Approach("", rank=1).adapt(model), tmp_path, {"size": "tiny"})
+    adapted = InstructionApproach("", rank=1).adapt(model)
+    instruction_finetuning.save_adapter(adapted, tmp_path, {"size": "tiny"})
     loaded = instruction_finetuning.load_tuned_model(tmp_path, torch.device("cpu"))
     assert not loaded.training

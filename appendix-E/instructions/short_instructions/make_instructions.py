@@ -1,8 +1,8 @@
 """Write the short instructions with their answers from the words and wordings in words.txt.
 
-Each of the nine tasks has 208 entries. Seven combine words and use each combination once; two ask about single
-words and use each in four wordings. What a task works on (a word, a sentence) is in one part of the data only.
-Half of the entries for testing also have a wording that occurs nowhere else. Rewrite the file with
+Each of the nine tasks has 208 entries. Seven combine words and use each combination once; two ask about
+single words, each in four wordings. What a task works on (a word, a sentence) is in one part of the data
+only. Half of the entries for testing also have a wording that occurs nowhere else. Rewrite the file with
 
     python appendix-E/instructions/short_instructions/make_instructions.py
 """
