@@ -12,24 +12,22 @@ from instructions.scores import answer_all, score_answers
 from instructions.training import InstructionSettings, answer_loss, fit_instructions
 from language_model.training import TextHistory, load_language_model
 
-EPOCHS = {"embedded": 12, "book": 2}  # of the data; the book's is chapter 7's number
+QUIET = InstructionSettings(progress=False)
 ANSWER_TOKENS = {"embedded": 20, "book": 80}  # at most; the longest right answers have 8 and 50
 
 
 class InstructionTask:
     """Training on instructions; an answer is right if its words are those of the one right answer.
 
-    - `settings`: an `InstructionSettings` (None: the defaults with the epochs in EPOCHS)
     - `size`: of GPT-2, with choice.model "book"
     - `counts`: {part: number} of entries to take, the first ones, where not all are wanted
     """
 
     tuning_seeds = (101,)
 
-    def __init__(self, choice, device, settings=None, size="124M", counts=None):
+    def __init__(self, choice, device, settings=QUIET, size="124M", counts=None):
         self.size, self.device = choice.model_size(size), device
-        default = InstructionSettings(epochs=EPOCHS[choice.data], progress=False)
-        self.settings = settings or default
+        self.settings = settings
         self.answer_tokens = ANSWER_TOKENS[choice.data]
         self.tokenizer = get_tokenizer()
         self.parts = {

@@ -31,7 +31,7 @@ from book_figures import PALETTE
 from ch04 import pick_device
 from ch05 import load_checkpoint, save_checkpoint
 from comparison.grid import RATES, SEEDS, find_or_run, run_grid
-from comparison.instructions import EPOCHS, InstructionTask
+from comparison.instructions import InstructionTask
 from fast_path.settings import HelpFormatter, add_flags, check_count, take_flags
 from instructions.data import check_entries
 from instructions.scores import answer, score_answers
@@ -43,7 +43,7 @@ from lora.layers import apply_lora, print_parameters
 
 INSTRUCTION_RUNS = Path(__file__).with_name("instruction-finetuning.jsonl")
 MODEL_FILE, RESULTS_FILE, ANSWERS_FILE = "model.pth", "results.json", "answers.json"
-TUNING_FLAGS = ("learning_rate", "batch_size", "seed", "weight_decay", "precision", "mask_prompt")
+TUNING_FLAGS = ("epochs", "learning_rate", "batch_size", "seed", "weight_decay", "precision", "mask_prompt")
 
 
 # What trains
@@ -71,10 +71,11 @@ class InstructionApproach:
         return model.requires_grad_(self.method == "full")
 
 
+SCALE = 4.0  # gpt2-tiny learns faster than with 1 or 16, each with its own rate
 BASE = InstructionApproach("base model", method="none")
 INSTRUCTION_APPROACHES = (
-    InstructionApproach("LoRA"),
-    InstructionApproach("LoRA, prompt masked", mask_prompt=True),
+    InstructionApproach("LoRA", alpha=SCALE),
+    InstructionApproach("LoRA, prompt masked", mask_prompt=True, alpha=SCALE),
     InstructionApproach("all weights", method="full"),
     InstructionApproach("all weights, prompt masked", method="full", mask_prompt=True),
 )
@@ -205,7 +206,7 @@ def finetune_instructions(args):
     weights = WEIGHTS_FILE if args.method == "lora" else MODEL_FILE
     check_outputs(*(folder / name for name in (weights, RESULTS_FILE, ANSWERS_FILE)))
     choice, device = args.assets or choose_assets("book"), pick_device()
-    settings = chosen_settings(args, choice)
+    settings = chosen_settings(args)
     approach = InstructionApproach(args.method, args.method, settings.mask_prompt, args.rank, args.alpha)
     print(choice)
     task = InstructionTask(choice, device, settings, args.size)
@@ -229,11 +230,9 @@ def finetune_instructions(args):
     print(f"{history.seconds:.0f} s of training; {files} written to {folder}")
 
 
-def chosen_settings(args, choice):
-    """Return the `InstructionSettings` of the command line; epochs by default those of the data."""
-    settings = replace(InstructionSettings(), progress=sys.stderr.isatty())
-    epochs = EPOCHS[choice.data] if args.epochs is None else args.epochs
-    return take_flags(settings, {**vars(args), "epochs": epochs})
+def chosen_settings(args):
+    """Return the `InstructionSettings` of the command line."""
+    return take_flags(replace(InstructionSettings(), progress=sys.stderr.isatty()), vars(args))
 
 
 def ask(args):
@@ -247,7 +246,7 @@ def compare_instructions(args):
     """Give each approach its learning rate, train it with all seeds, and print the table."""
     check_outputs(args.output)
     choice = args.assets or choose_assets("embedded")
-    settings = chosen_settings(args, choice)
+    settings = chosen_settings(args)
     task = InstructionTask(choice, pick_device(), settings, args.size)
     chosen = [each for each in INSTRUCTION_APPROACHES if not args.only or each.title in args.only]
     base = find_or_run(task, BASE, args.output, print, 0.0, 0, tuning=False)
@@ -255,11 +254,10 @@ def compare_instructions(args):
     print(tabulate_comparison([base, *runs.to_dict("records")]).to_string())
 
 
-def add_training_flags(parser, default):
-    """Give `parser` the flags of data, model and training."""
+def add_model_flags(parser, default):
+    """Give `parser` the flags that choose data and model."""
     add_assets_flag(parser, default=default)
     parser.add_argument("--size", default="124M", help="of OpenAI's GPT-2: 124M, 355M, 774M or 1558M")
-    parser.add_argument("--epochs", type=int, help=f"default: {EPOCHS}")
 
 
 def instruction_parser():
@@ -267,7 +265,7 @@ def instruction_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     tune = commands.add_parser("finetune", help="train once", formatter_class=HelpFormatter)
-    add_training_flags(tune, "book")
+    add_model_flags(tune, "book")
     tune.add_argument("--method", choices=("lora", "full"), default="lora", help="LoRA or all weights")
     tune.add_argument("--rank", type=int, default=InstructionApproach.rank, help="LoRA's")
     tune.add_argument("--alpha", type=float, default=InstructionApproach.alpha, help="LoRA's scale itself")
@@ -281,7 +279,8 @@ def instruction_parser():
     one.add_argument("--max-new-tokens", type=int, default=40, help="of the answer, at most")
     one.set_defaults(run=ask)
     grid = commands.add_parser("compare", help="train every approach", formatter_class=HelpFormatter)
-    add_training_flags(grid, "embedded")
+    add_model_flags(grid, "embedded")
+    add_flags(grid, InstructionSettings(), ("epochs",))
     grid.add_argument("--output", type=Path, default=INSTRUCTION_RUNS, help="file of finished runs")
     titles = [each.title for each in INSTRUCTION_APPROACHES]
     grid.add_argument("--only", nargs="+", choices=titles, help="these alone")

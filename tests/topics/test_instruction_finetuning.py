@@ -10,9 +10,9 @@ import torch
 import comparison.instructions
 from appendix_e import count_parameters
 from comparison.grid import at_the_edge, finished_runs, read_rows
-from comparison.instructions import EPOCHS
 from figures import find_faults
 from instructions.data import load_short_instructions
+from instructions.training import InstructionSettings
 from language_model.training import TextHistory, load_language_model
 from models import small_gpt
 from topics import instruction_finetuning
@@ -171,7 +171,7 @@ def test_every_stored_run_is_one_of_a_contender_on_the_short_instructions():
     for row in rows:
         assert asdict(contenders[row["title"]]).items() <= row.items()
         assert (row["data"], row["model"], row["counts"]) == ("embedded", "tiny", counts)
-        assert row["epochs"] == EPOCHS["embedded"]
+        assert row["epochs"] == InstructionSettings().epochs
 
 
 def test_the_stored_comparison_is_finished():
