@@ -19,6 +19,7 @@ ANSWER_TOKENS = {"embedded": 20, "book": 80}  # at most; the longest right answe
 class InstructionTask:
     """Training on instructions; an answer is right if its words are those of the one right answer.
 
+    - `settings`: an `InstructionSettings`; learning rate, seed and mask_prompt are those of each run instead
     - `size`: of GPT-2, with choice.model "book"
     - `counts`: {part: number} of entries to take, the first ones, where not all are wanted
     """
