@@ -29,10 +29,15 @@ WORDS = st.lists(st.sampled_from(["a", "cat", "CAT", "is", "big"]), max_size=5).
 
 @pytest.fixture(scope="module")
 def model():
+    """A random model with attention so strong that the answer depends on the input."""
     torch.manual_seed(1)
     config = {"vocab_size": 50257, "context_length": 80, "emb_dim": 16, "n_heads": 2, "n_layers": 1,
               "drop_rate": 0.0, "qkv_bias": True}
-    return GPTModel(config)
+    model = GPTModel(config)
+    attention = model.trf_blocks[0].att
+    for layer in (attention.W_value, attention.out_proj):
+        layer.weight.data *= 8
+    return model
 
 
 def greedy(model, tokenizer, entry, count):
@@ -48,27 +53,37 @@ def test_an_answer_is_the_greedy_continuation(model, tokenizer):
 
 def test_several_answers_are_those_of_single_entries_in_their_order(model, tokenizer):
     entries = [ENTRY, *OTHERS]
-    assert answer_all(model, tokenizer, entries, 6) == [answer(model, tokenizer, e, 6) for e in entries]
+    answers = [answer(model, tokenizer, entry, 6) for entry in entries]
+    assert answer_all(model, tokenizer, entries, 6) == answers and len({*answers}) > 2
     assert answer_all(model, tokenizer, []) == []
 
 
 def test_an_answer_ends_before_the_end_token(model, tokenizer):
-    ids = greedy(model, tokenizer, ENTRY, 8)
-    place = next(n for n in range(1, 8) if ids[n] not in ids[:n])
+    pair = [ENTRY, OTHERS[-1]]  # prompts of equal length, so they are read at once
+    ids, others = (greedy(model, tokenizer, entry, 8) for entry in pair)
+    place = next(n for n in range(1, 8) if ids[n] not in ids[:n] + others)
     ending = copy.deepcopy(model)
     head = ending.out_head.weight.data
     head[END] = 1.01 * head[ids[place]]  # now the end is the likeliest token there
     assert answer(ending, tokenizer, ENTRY, 8) == tokenizer.decode(ids[:place]).strip()
+    together = answer_all(ending, tokenizer, pair, 8)
+    assert together == [answer(ending, tokenizer, entry, 8) for entry in pair]
+    assert together[0] != together[1] == tokenizer.decode(others).strip()
 
 
-def test_a_model_that_only_ends_says_nothing(tokenizer):
+def test_a_model_that_only_ends_says_nothing_and_is_asked_once_for_prompts_of_a_length(tokenizer):
     model = GPTModel({"vocab_size": 50257, "context_length": 80, "emb_dim": 16, "n_heads": 2, "n_layers": 1,
                       "drop_rate": 0.0, "qkv_bias": True})
     model.final_norm.scale.data.zero_()
     model.final_norm.shift.data.fill_(1)
     model.out_head.weight.data.zero_()
     model.out_head.weight.data[END] = 1
-    assert answer_all(model, tokenizer, [ENTRY, *OTHERS], 5) == [""] * 5
+    calls = []
+    model.final_norm.register_forward_pre_hook(lambda _, inputs: calls.append(1))
+    entries = [ENTRY, ENTRY, *OTHERS]
+    assert answer_all(model, tokenizer, entries, 5) == [""] * len(entries)
+    lengths = {len(tokenizer.encode_ordinary(format_prompt(entry))) for entry in entries}
+    assert len(calls) == len(lengths) < len(entries)
 
 
 def test_the_mode_is_restored(model, tokenizer):
