@@ -115,8 +115,12 @@ def pair_answers(entries, answers):
 
 
 def show_answers(entries, columns, count=8):
-    """Return a DataFrame of `count` entries: task, instruction, input, right answer and {title: answers}."""
-    chosen = np.linspace(0, len(entries) - 1, count).round().astype(int)
+    """Return a DataFrame of `count` entries, in the order of their tasks.
+
+    Its columns are instruction, input, the right answer and those of {title: answers}; the index is the task.
+    """
+    order = sorted(range(len(entries)), key=lambda n: entries[n].get("task", ""))
+    chosen = [order[n] for n in np.linspace(0, len(entries) - 1, count).round().astype(int)]
     rows = [
         {
             "instruction": entries[n]["instruction"], "input": entries[n]["input"],

@@ -130,7 +130,7 @@ def test_another_tasks_adapter_is_refused(tmp_path, capsys):
 def test_answers_stand_beside_the_entries():
     assert pair_answers(ENTRIES[:1], ["a"]) == [{**ENTRIES[0], "answer": "a"}]
     table = show_answers(ENTRIES, {"base": [*"abcd"]}, count=2)
-    assert table.index.tolist() == ["plural", "past"] and table["base"].tolist() == ["a", "d"]
+    assert table.index.tolist() == ["past", "plural"] and table["base"].tolist() == ["c", "b"]
     assert [*table.columns] == ["instruction", "input", "right", "base"]
 
 
