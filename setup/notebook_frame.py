@@ -34,6 +34,9 @@ ORDER = {  # in reading order: notebook: (title, module)
     "appendix-E/topics/lora-embedding-conv.ipynb": (
         "LoRA for embeddings and convolutions", "appendix-E/topics/lora_embedding_conv.py",
     ),
+    "appendix-E/topics/encoder-reviews.ipynb": (
+        "LoRA in an encoder", "appendix-E/topics/encoder_reviews.py",
+    ),
 }
 FIRST_CELL = """\
 # In Colab: get the repository and its packages. Elsewhere: check that they are there.
