@@ -34,6 +34,7 @@ ORDER = {  # in reading order: notebook: (title, module)
     "appendix-E/topics/lora-embedding-conv.ipynb": (
         "LoRA for embeddings and convolutions", "appendix-E/topics/lora_embedding_conv.py",
     ),
+    "appendix-E/topics/qlora.ipynb": ("QLoRA", "appendix-E/topics/qlora.py"),
 }
 FIRST_CELL = """\
 # In Colab: get the repository and its packages. Elsewhere: check that they are there.

@@ -53,7 +53,7 @@ def unpack(codes, dtype):
 
 
 def has_kernel(codes, dtype):
-    """Return whether bitsandbytes is installed and can unpack `codes` to `dtype` on the device they are on."""
+    """Return whether bitsandbytes is installed and can unpack `codes` to `dtype` on their device."""
     known = codes.kind == "nf4" and dtype in KERNEL_DTYPES and block_of(codes) in KERNEL_BLOCKS
     return known and codes.packed.device.type in KERNEL_DEVICES and find_bitsandbytes() is not None
 

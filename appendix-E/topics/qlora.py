@@ -171,7 +171,7 @@ def plot_errors(table):
 
 
 def plot_memory(rows):
-    """Return a Figure of rows of the task "costs": the model's bytes and the rest of a step's peak, per base."""
+    """Return a Figure of rows of the task "costs": for each base the model's bytes and the rest of a step."""
     shapes = [*dict.fromkeys(row["model"] for row in rows)]
     fig, axes = plt.subplots(
         1, len(shapes), figsize=(8, 2.6), sharey=True, layout="constrained", squeeze=False)
@@ -212,7 +212,7 @@ def tabulate_steps(rows):
 def main(arguments=None):
     """Train every base with LoRA, or measure what a step costs, see --help."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("compare", "costs"), help="accuracy, or memory and seconds of a step")
+    parser.add_argument("what", choices=("compare", "costs"), help="accuracy, or memory and seconds")
     add_assets_flag(parser)
     parser.add_argument("--model", choices=SHAPES, default="GPT-2 small", help="shape, for the costs")
     parser.add_argument("--output", type=Path, default=MEASURED, help="file of finished runs")

@@ -26,6 +26,9 @@ MIRRORS = {  # notebook: the modules whose definitions it shows
         "appendix-E/topics/lora_embedding_conv", "appendix-E/comparison/new_words",
         "appendix-E/comparison/digits",
     ),
+    "appendix-E/topics/qlora": (
+        "appendix-E/topics/qlora", "appendix-E/lora/codes", "appendix-E/lora/quantized",
+    ),
 }
 
 # What is in a notebook alone, and why.
