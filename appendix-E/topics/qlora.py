@@ -144,11 +144,12 @@ def plot_levels(weight, block=64):
     fig, axes = plt.subplots(
         2, 2, figsize=(8, 4), sharex=True, sharey="row", height_ratios=(2, 1.2), layout="constrained")
     for column, (title, levels) in zip(axes.T, {"NF4": NF4, "16 equal steps": UNIFORM}.items()):
-        above, below = column
+        (above, below), shares = column, level_shares(scaled, levels).numpy()
         above.hist(scaled.flatten().numpy(), bins=200, color=TINTS["blue"], density=True)
+        levels = levels.numpy()
         above.vlines(levels, 0, above.get_ylim()[1], color=PALETTE["orange"], linewidth=1.2)
         above.set(title=title, yticks=[])
-        below.bar(levels, level_shares(scaled, levels), width=0.035, color=PALETTE["orange"])
+        below.bar(levels, shares, width=0.035, color=PALETTE["orange"])
         below.set_xlabel("weight / absmax")
     axes[0, 0].set_ylabel("density")
     axes[1, 0].set_ylabel("weights (%)")
