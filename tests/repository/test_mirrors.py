@@ -37,7 +37,7 @@ TRY_OUT = "tries a definition out, in the notebook alone"
 NOTEBOOK_ONLY = {
     "count": TRY_OUT, "relative_change": DRAWING, "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
     "LastRealToken": TRY_OUT, "spam_probability": DRAWING, "new_model": TRY_OUT,
-    "report": TRY_OUT, "show_neighbours": TRY_OUT,
+    "report": TRY_OUT, "show_neighbours": TRY_OUT, "ordinary": TRY_OUT,
 }
 
 BOOK_NAMES = {
