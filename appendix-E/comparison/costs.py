@@ -26,9 +26,9 @@ from pretrain_tiny import TINY_CONFIG
 from spam_classifier.experiments import step_memory
 from spam_classifier.memory_check import CPU
 
-SMALL = {**GPT_CONFIG_124M, "drop_rate": 0.0, "qkv_bias": True}
-MEDIUM = {**SMALL, "emb_dim": 1024, "n_layers": 24, "n_heads": 16}
-SHAPES = {"tiny": TINY_CONFIG, "GPT-2 small": SMALL, "GPT-2 medium": MEDIUM}
+GPT2_SMALL = {**GPT_CONFIG_124M, "drop_rate": 0.0, "qkv_bias": True}
+GPT2_MEDIUM = {**GPT2_SMALL, "emb_dim": 1024, "n_layers": 24, "n_heads": 16}
+SHAPES = {"tiny": TINY_CONFIG, "GPT-2 small": GPT2_SMALL, "GPT-2 medium": GPT2_MEDIUM}
 MESSAGES, TOKENS = 8, 128
 SETTINGS = TrainingSettings(
     epochs=1, batch_size=MESSAGES, precision="float32", progress=False, max_tokens=MESSAGES * TOKENS, seed=1

@@ -31,7 +31,7 @@ from comparison.tasks import SpamTask
 from lora.codes import NF4, dequantize, quantize
 from lora.layers import apply_lora
 
-MEASURED = Path(__file__).with_name("qlora.jsonl")
+MEASUREMENTS = Path(__file__).with_name("qlora.jsonl")
 RATES_OF_LORA = (1e-4, 3e-4, 1e-3, 3e-3)  # of comparison.grid's, those around LoRA's best on this task
 UNIFORM = torch.linspace(-1, 1, 16)  # equally spaced levels
 
@@ -216,7 +216,7 @@ def main(arguments=None):
     parser.add_argument("what", choices=("compare", "costs"), help="accuracy, or memory and seconds")
     add_assets_flag(parser)
     parser.add_argument("--model", choices=SHAPES, default="GPT-2 small", help="shape, for the costs")
-    parser.add_argument("--output", type=Path, default=MEASURED, help="file of finished runs")
+    parser.add_argument("--output", type=Path, default=MEASUREMENTS, help="file of finished runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the comparison")
     parser.add_argument("--quick", action="store_true", help="a few messages")
     args = parser.parse_args(arguments)

@@ -23,7 +23,7 @@ from topics import qlora
 from topics.qlora import (
     COMPARED,
     COSTED,
-    MEASURED,
+    MEASUREMENTS,
     RATES_OF_LORA,
     UNIFORM,
     errors_by_layer,
@@ -77,7 +77,7 @@ def test_the_rates_are_of_the_common_grid_and_titles_are_different():
 def test_the_stored_runs_are_those_of_the_bases():
     expected = {task: {b.title: json.loads(json.dumps(asdict(b))) for b in bases}
                 for task, bases in (("spam", COMPARED), ("costs", COSTED))}
-    rows = read_rows(MEASURED)
+    rows = read_rows(MEASUREMENTS)
     assert {row["task"] for row in rows} == {"spam", "costs"}
     assert all(expected[row["task"]][row["title"]].items() <= row.items() for row in rows)
 
