@@ -32,7 +32,7 @@ from lora.codes import NF4, dequantize, quantize
 from lora.layers import apply_lora
 
 MEASUREMENTS = Path(__file__).with_name("qlora.jsonl")
-RATES_OF_LORA = (1e-4, 3e-4, 1e-3, 3e-3)  # of comparison.grid's, those around LoRA's best on this task
+RATES_OF_LORA = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of comparison.grid's, those around LoRA's best
 UNIFORM = torch.linspace(-1, 1, 16)  # equally spaced levels
 
 

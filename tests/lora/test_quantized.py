@@ -45,6 +45,7 @@ PUBLISHED = [  # the QLoRA paper's appendix E, and bitsandbytes' table
 ]
 HALF_GAP = (1 - 0.6961928009986877) / 2  # half the widest gap between levels
 GPT2 = foreign("gpt2")
+NO_BITSANDBYTES = "needs bitsandbytes, of which a CPU version exists: pip install bitsandbytes"
 
 
 def matrix(rows, columns, seed=0, scale=0.02):
@@ -188,7 +189,7 @@ def test_what_cannot_be_quantized_is_refused(change, message):
 
 
 def test_the_codes_and_levels_are_those_of_bitsandbytes():
-    functional = pytest.importorskip("bitsandbytes.functional")
+    functional = pytest.importorskip("bitsandbytes.functional", reason=NO_BITSANDBYTES)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert_close(functional.get_4bit_type("nf4", device="cpu"), NF4, 1e-6)
     weight = matrix(256, 512).to(device)
@@ -234,7 +235,7 @@ def test_the_kernel_unpacks_what_torch_dequantizes(kernels_on_a_cpu, double, row
 
 
 def test_bitsandbytes_itself_unpacks_what_torch_dequantizes(monkeypatch):
-    pytest.importorskip("bitsandbytes.functional")
+    pytest.importorskip("bitsandbytes.functional", reason=NO_BITSANDBYTES)
     monkeypatch.setattr(lora.quantized, "KERNEL_DEVICES", ("cpu", "cuda"))
     for shape, double in (((64, 96), True), ((64, 96), False), ((7, 9), True)):
         codes = quantize(matrix(*shape), double=double)
