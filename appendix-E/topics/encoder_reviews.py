@@ -76,7 +76,9 @@ class Recipe:
                 model.get_submodule(name).requires_grad_(True)
             return model
         head = "*classifier" if self.train_head else ()
-        apply_lora(model, self.rank, self.alpha, self.roles, self.scaling, train_in_full=head)
+        apply_lora(
+            model, self.rank, self.alpha, self.roles, self.scaling, train_in_full=head
+        )
         for layer in adapted_layers(model).values():
             nn.init.normal_(layer.lora.A, std=self.rank**-0.5)
         return model
@@ -131,8 +133,8 @@ def subsets(names):
 def tabulate_runs(rows):
     """Return a DataFrame, a row per recipe and rate: trained parameters, accuracies in %, 95 % intervals.
 
-    `rows` are finished runs that differ in recipe, learning rate and seed. The intervals are Student's for the
-    seeds, if there are several, and Wilson's for the number of test reviews.
+    `rows` are finished runs that differ in recipe, learning rate and seed. The intervals are Student's for
+    the seeds, if there are several, and Wilson's for the number of test reviews.
     """
     table, final = [], pd.DataFrame([row for row in rows if not row["tuning"]])
     for (title, rate), runs in final.groupby(["title", "rate"], sort=False):

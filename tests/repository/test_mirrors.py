@@ -14,6 +14,7 @@ LORA = tuple(
     for name in ("targets", "layers", "wrappers", "adapters", "files", "peft_format", "peft_tensors")
 )
 SPAM = ("appendix-E/spam_classifier/evaluation", "appendix-E/spam_classifier/experiments")
+REVIEWS = ("appendix-E/film_reviews/encoder", "appendix-E/comparison/reviews")
 MIRRORS = {  # notebook: the modules whose definitions it shows
     "ch04/ch04": ("ch04/ch04",),
     "ch05/ch05": ("ch05/ch05", "ch05/gpt_checkpoint"),
@@ -26,6 +27,7 @@ MIRRORS = {  # notebook: the modules whose definitions it shows
         "appendix-E/topics/lora_embedding_conv", "appendix-E/comparison/new_words",
         "appendix-E/comparison/digits",
     ),
+    "appendix-E/topics/encoder-reviews": ("appendix-E/topics/encoder_reviews", *REVIEWS),
     "appendix-E/topics/qlora": (
         "appendix-E/topics/qlora", "appendix-E/lora/codes", "appendix-E/lora/quantized",
     ),
@@ -36,7 +38,7 @@ DRAWING = "draws or measures something in the notebook alone"
 TRY_OUT = "tries a definition out, in the notebook alone"
 NOTEBOOK_ONLY = {
     "count": TRY_OUT, "relative_change": DRAWING, "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
-    "LastRealToken": TRY_OUT, "spam_probability": DRAWING, "new_model": TRY_OUT,
+    "LastRealToken": TRY_OUT, "distilbert": TRY_OUT, "spam_probability": DRAWING, "new_model": TRY_OUT,
     "report": TRY_OUT, "show_neighbours": TRY_OUT, "ordinary": TRY_OUT,
 }
 
