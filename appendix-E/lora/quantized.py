@@ -110,6 +110,10 @@ class QuantizedLinear(nn.Linear):
         y = FrozenProduct.apply(x.to(dtype), self.codes)
         return y if self.bias is None else y + self.bias.to(dtype)
 
+    def unpacked(self, dtype):
+        """Return the weight (out, in) for one product in `dtype`."""
+        return unpack(self.codes, dtype)
+
     def extra_repr(self):
         return f"{super().extra_repr()}, {self.codes.kind}"
 
