@@ -45,7 +45,7 @@ def check_decoding(max_new_tokens, temperature, top_k, top_p, seed):
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a number from 0, not {temperature}: 0 takes the likeliest token")
+        raise ValueError(f"temperature must be a number from 0, not {temperature}: 0 takes the likeliest")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}: None does not limit it")
     if not 0 < top_p <= 1:
@@ -72,7 +72,7 @@ def draw_tokens(model, ids, max_new_tokens, temperature, top_k, top_p, generator
 def draw_token(logits, temperature=1.0, top_k=None, top_p=1.0, generator=None):
     """Return one token id, an integer, for logits (V,); the options are those of `stream_tokens`."""
     if not logits.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights have diverged, train or load it again")
+        raise ValueError("the model's logits are not finite, it has diverged: load or train it again")
     if temperature == 0:
         return logits.argmax().item()
     probabilities = likely_tokens(logits, temperature, top_k, top_p)
