@@ -98,17 +98,17 @@ def plot_decoding(logits, tokenizer, panels, count=12):
     `logits` are (V,), `panels` {title: options of `likely_tokens`}. Tokens that cannot be drawn are grey,
     with the probability that the temperature alone gives them.
     """
-    top = logits.topk(count).indices
-    names = [repr(tokenizer.decode([token]))[1:-1].replace(" ", "␣") for token in top.tolist()]
+    top = logits.topk(count).indices.tolist()
+    names = [repr(tokenizer.decode([token]))[1:-1].replace(" ", "␣") for token in top]
     fig, axes = plt.subplots(
         1, len(panels), figsize=(8, 0.26 * count + 0.9), sharey=True, sharex=True, layout="constrained",
         squeeze=False)
     for ax, (title, options) in zip(axes[0], panels.items()):
-        kept = likely_tokens(logits, **options)
-        warmed = likely_tokens(logits, options.get("temperature", 1.0))
+        kept = likely_tokens(logits, **options)[top].numpy()
+        warmed = likely_tokens(logits, options.get("temperature", 1.0))[top].numpy()
         for values, drawn, color in ((warmed, kept == 0, "grey"), (kept, kept > 0, "blue")):
-            rows = np.flatnonzero(drawn[top].numpy())
-            ax.barh(rows, values[top][rows], color=PALETTE[color], height=0.75)
+            rows = np.flatnonzero(drawn)
+            ax.barh(rows, values[rows], color=PALETTE[color], height=0.75)
         ax.set(title=title, xlabel="probability")
     axes[0, 0].set_yticks(range(count), names)
     axes[0, 0].invert_yaxis()
