@@ -21,7 +21,7 @@ from comparison.tasks import TEXT_TOKENS, TextTask
 from film_reviews.reviews import load_short_reviews, load_texts
 from language_model.training import TextSettings, adamw_on_matrices, fit_text, perplexity
 from lora.layers import apply_lora
-from spam_classifier.experiments import peak_of_step
+from spam_classifier.experiments import mean_and_spread, peak_of_step
 
 STYLE_SETTINGS = TextSettings(steps=150, batch_size=4, learning_rate=1e-3, progress=False)
 STYLE_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -71,7 +71,7 @@ def load_style(choice):
 
 @dataclass(frozen=True)
 class Approach:
-    """A way to fine-tune a GPT on a text: "full", all weights, or "lora" with scale alpha / rank."""
+    """A way to fine-tune a GPT: "full", all weights, or "lora" with the paper's start and alpha / rank."""
 
     title: str
     method: str = "lora"
@@ -83,7 +83,8 @@ class Approach:
         if self.method == "full":
             return model.requires_grad_(True)
         return apply_lora(
-            model, self.rank, self.alpha, targets, "alpha/rank", train_in_full=train_in_full
+            model, self.rank, self.alpha, targets, "alpha/rank", init="paper",
+            train_in_full=train_in_full,
         )
 
 
@@ -143,13 +144,12 @@ def tabulate_styles(runs):
         return pd.DataFrame()
     table = {}
     for title, group in runs[~runs["tuning"].astype(bool)].groupby("title", sort=False):
-        perplexities = group["test_loss"].map(perplexity)
         table[title] = {
             "rate": f"{group['rate'].iloc[0]:g}", "trained": f"{group['trained'].iloc[0]:,}",
             "s/step": f"{group['seconds_per_step'].median():.2f}",
             "train loss": f"{group['train_loss'].mean():.3f}",
-            "test loss": f"{group['test_loss'].mean():.3f} ± {group['test_loss'].std():.3f}",
-            "perplexity": f"{perplexities.mean():.1f} ± {perplexities.std():.1f}",
+            "test loss": mean_and_spread(group["test_loss"], digits=3),
+            "perplexity": mean_and_spread(group["test_loss"].map(perplexity)),
         }
     return pd.DataFrame(table).T
 

@@ -87,9 +87,10 @@ def likely_tokens(logits, temperature=1.0, top_k=None, top_p=1.0):
     https://arxiv.org/abs/1904.09751.
     """
     logits = logits.cpu().double()
-    logits = (logits - logits.max()) / temperature  # the largest is 0, whatever the temperature
+    logits = (logits - logits.max()) / temperature  # at most 0
     if top_k is not None and top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+        lowest = logits.topk(top_k).values[-1]
+        logits = logits.masked_fill(logits < lowest, -torch.inf)
     probabilities = logits.softmax(dim=0)
     if top_p < 1:
         ordered, tokens = probabilities.sort(descending=True, stable=True)

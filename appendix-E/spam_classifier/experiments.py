@@ -271,7 +271,7 @@ def summary(runs):
     return pd.DataFrame(rows).T
 
 
-def mean_and_spread(values):
+def mean_and_spread(values, digits=1):
     """Return a text such as "96.2 ± 0.8", or the mean alone for one value."""
-    spread = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{values.std():.1f}" if len(values) > 1 else ""
-    return f"{values.mean():.1f}{spread}"
+    spread = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"

@@ -12,6 +12,7 @@ import argparse
 import inspect
 import re
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from book_assets.files import check_outputs
 from book_figures import PALETTE
 from ch04 import pick_device
 from comparison.costs import SHAPES
-from comparison.grid import SEEDS, read_rows
+from comparison.grid import SEEDS, at_the_edge, read_rows
 from comparison.styles import (
     APPROACHES,
     STYLE_RATES,
@@ -44,7 +45,7 @@ from comparison.styles import (
 )
 from fast_path.settings import HelpFormatter, add_flags, check_count, take_flags
 from film_reviews.reviews import cut_story
-from language_model.generation import check_decoding, likely_tokens, stream_text
+from language_model.generation import check_decoding, likely_tokens, stream_text, stream_tokens
 from language_model.saved import FULL_FILE, check_folder, load_finetuned, save_finetuned
 from language_model.training import load_language_model, mean_loss, perplexity
 from lora.files import WEIGHTS_FILE
@@ -53,6 +54,17 @@ from lora.layers import adapted_layers, merge_lora, print_parameters
 STYLE_RESULTS = Path(__file__).with_name("text-generation.jsonl")
 OWN_RATES = {"full": 3e-4, "lora": 3e-3}  # where the command line names none
 COLORS = {"full": "orange", "LoRA": "blue"}
+
+
+def measure_speed(model, count=60, repeats=3):
+    """Return how many tokens per second `model` writes with the cache, the best of `repeats` runs."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in stream_tokens(model, [0], count, temperature=0):
+            pass
+        seconds.append(time.perf_counter() - start)
+    return count / min(seconds)
 
 
 # Figures
@@ -138,7 +150,7 @@ def read_text_parts(path):
     return cut_story(text)
 
 
-def finetune_command(output, method, rank, alpha, learning_rate=None, text=None, assets=None, **options):
+def text_finetune(output, method, rank, alpha, learning_rate=None, text=None, assets=None, **options):
     """Fine-tune GPT-2 on a text, print its losses, save the adapter or all weights.
 
     Without --text it is trained on film reviews. The text is cut between paragraphs: 80 % to train on, 10 %
@@ -170,7 +182,7 @@ def finetune_command(output, method, rank, alpha, learning_rate=None, text=None,
     print(f"{history.seconds:.0f} s of training; written to {folder}")
 
 
-def generate_command(max_new_tokens, adapter=None, prompt=(), assets=None, **sampling):
+def text_generate(max_new_tokens, adapter=None, prompt=(), assets=None, **sampling):
     """Continue each prompt, and print the text as it comes.
 
     --adapter is a folder that finetune has written, with an adapter or with all weights; without it the base
@@ -196,16 +208,18 @@ def load_writer(folder, choice, device):
     return merge_lora(model) if adapted_layers(model) else model
 
 
-def compare_command(output, rates, seeds, quick, assets=None, **options):
+def text_compare(output, rates, seeds, quick, assets=None, **options):
     """Train both approaches with every rate and seed, except the runs that the file has; print the table."""
     check_outputs(output)
     choice, settings = assets or choose_assets("embedded"), take_flags(STYLE_SETTINGS, options)
     task = StyleTask(choice, pick_device(), settings, quick)
     runs = compare_approaches(task, output, rates, seeds, lambda line: print(line, flush=True))
     print("", tabulate_styles(runs).to_string(), "", f"Written: {output}", sep="\n")
+    for title in at_the_edge(runs):
+        print(f"{title}: the best rate is at the edge of the grid, try further ones with --rates")
 
 
-def costs_command(output, model):
+def text_costs(output, model):
     """Measure seconds and peak memory of a training step of both approaches."""
     run_style_costs(APPROACHES, output, pick_device(), model)
     print(tabulate_style_costs(read_rows(output)).to_string())
@@ -216,8 +230,8 @@ def build_command_line():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     subs = {}
-    for function in (finetune_command, generate_command, compare_command, costs_command):
-        name, text = function.__name__.removesuffix("_command"), inspect.getdoc(function)
+    for function in (text_finetune, text_generate, text_compare, text_costs):
+        name, text = function.__name__.removeprefix("text_"), inspect.getdoc(function)
         subs[name] = commands.add_parser(
             name, help=text.partition("\n")[0], description=text, formatter_class=HelpFormatter)
         subs[name].set_defaults(function=function)

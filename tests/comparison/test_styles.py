@@ -151,8 +151,8 @@ def test_only_complete_approaches_of_these_assets_are_in_the_table(finished):
     _, output, _ = finished
     table = tabulate_styles(stored_runs(EMBEDDED, output, (1, 2)))
     assert [*table.index] == ["full", "LoRA", "full at LoRA's rate", "LoRA at full's rate"]
-    assert table.loc["full", "test loss"] == "3.015 ± 0.007" and table.loc["LoRA", "rate"] == "0.01"
-    assert table.loc["full", "perplexity"] == "20.4 ± 0.1"  # exp(3.015)
+    assert table.loc["full", "test loss"] == "3.015\xa0±\xa00.007" and table.loc["LoRA", "rate"] == "0.01"
+    assert table.loc["full", "perplexity"] == "20.4\xa0±\xa00.1"  # exp(3.015)
     assert table.loc["LoRA at full's rate", "test loss"].startswith("5.015")
     others = [row for row in read_rows(output) if (row["title"], row["seed"]) != ("full", 2)]
     output.write_text("\n".join(map(json.dumps, others)))

@@ -226,19 +226,29 @@ def test_compare_passes_its_flags_on(tmp_path, capsys, monkeypatch):
 
     def pretend(task, output, rates, seeds, report):
         seen.append((task.about["steps"], task.about["quick"], output, rates, seeds))
-        return pd.DataFrame()
+        return pd.DataFrame({
+            "title": "full", "rate": [0.1, 0.2], "tuning": True, "validation_loss": [3.0, 2.9]})
 
+    monkeypatch.setattr(text_generation, "tabulate_styles", lambda runs: runs)
     monkeypatch.setattr(text_generation, "compare_approaches", pretend)
     output = tmp_path / "runs.jsonl"
     code, printed, _ = run(capsys, "compare", "--steps", 2, "--rates", 0.1, 0.2, "--seeds", 4, "--quick",
                            "--output", output)
     assert code == 0 and seen == [(2, True, output, [0.1, 0.2], [4])] and str(output) in printed
+    assert "full: the best rate is at the edge" in printed
 
 
 def test_the_defaults_are_the_comparisons():
     options = build_command_line().parse_args(["compare"])
     assert (options.steps, options.batch_size) == (STYLE_SETTINGS.steps, STYLE_SETTINGS.batch_size)
     assert set(OWN_RATES) == {each.method for each in APPROACHES}
+
+
+def test_speed_is_in_tokens_per_second(monkeypatch):
+    clock = iter([0.0, 10.0, 20.0, 24.0])
+    monkeypatch.setattr(text_generation.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(text_generation, "stream_tokens", lambda model, ids, count, **o: range(count))
+    assert text_generation.measure_speed(None, count=8, repeats=2) == 2
 
 
 # Figures
