@@ -56,7 +56,7 @@ OWN_RATES = {"full": 3e-4, "lora": 3e-3}  # where the command line names none
 COLORS = {"full": "orange", "LoRA": "blue"}
 
 
-def measure_speed(model, count=60, repeats=3):
+def measure_speed(model, count=30, repeats=3):
     """Return how many tokens per second `model` writes with the cache, the best of `repeats` runs."""
     seconds = []
     for _ in range(repeats):
@@ -160,7 +160,7 @@ def text_finetune(output, method, rank, alpha, learning_rate=None, text=None, as
     check_folder(output, file)
     check_outputs(Path(output, file))
     check_count("rank", rank)
-    options["learning_rate"] = learning_rate or OWN_RATES[method]
+    options["learning_rate"] = OWN_RATES[method] if learning_rate is None else learning_rate
     settings = take_flags(replace(STYLE_SETTINGS, progress=sys.stderr.isatty()), options)
     choice, device = assets or choose_assets("book"), pick_device()
     print(choice)
@@ -247,7 +247,7 @@ def build_command_line():
 def add_finetune_flags(parser):
     default = Approach("")
     add_assets_flag(parser)
-    parser.add_argument("--text", type=Path, default=argparse.SUPPRESS, 
+    parser.add_argument("--text", type=Path, default=argparse.SUPPRESS,
                         help="UTF-8, any text with at least ten paragraphs (default: film reviews)")
     parser.add_argument("--method", choices=("full", "lora"), default="lora", help="what trains")
     parser.add_argument("--rank", type=int, default=default.rank, help="columns of LoRA's A")

@@ -127,7 +127,7 @@ def test_a_text_that_cannot_be_used_is_one_line(tmp_path, capsys, content, words
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (("--rank", 0), "rank"), (("--learning-rate", 2), "learning_rate"), (("--steps", 0), "steps"),
+    (("--rank", 0), "rank"), (("--learning-rate", 0), "learning_rate"), (("--steps", 0), "steps"),
     (("--text", "missing.txt"), "missing.txt"), (("--output", "text"), "text"),
 ])
 def test_a_users_mistake_is_one_line_and_trains_nothing(tmp_path, capsys, monkeypatch, arguments, words):
