@@ -178,19 +178,18 @@ def check_layers(layers, rank, dropout):
     """Raise ValueError for options that cannot work in `layers`.
 
     A lazy layer has no size yet; a rank above every size is a mistake that could take all memory; dropout
-    would not act in out_proj of torch's MultiheadAttention, whose weight is read.
+    would not act in the layers of torch's MultiheadAttention, whose weights are read.
     """
     read = nn.modules.linear.NonDynamicallyQuantizableLinear
-    weights = [layer.weight for layer in layers]
-    if any(nn.parameter.is_lazy(weight) for weight in weights):
+    if any(nn.parameter.is_lazy(layer.weight) for layer in layers):
         raise ValueError("a lazy layer has no size yet: run the model once first")
-    widest = max((size for weight in weights for size in weight.shape), default=rank)
+    widest = max((size for layer in layers for size in layer.weight.shape), default=rank)
     if is_number(rank) and rank > widest:
         raise ValueError(f"rank {rank} is above all sizes here: use at most {widest}")
     if dropout and any(isinstance(layer, read) for layer in layers):
         raise ValueError(
-            "dropout cannot act in out_proj of torch's MultiheadAttention, which "
-            "reads the weight: use dropout=0, or leave out_proj out"
+            "dropout cannot act in in_proj and out_proj of torch's MultiheadAttention, "
+            "which reads their weights: use dropout=0, or leave both out"
         )
 
 

@@ -31,8 +31,8 @@ ORDER = {  # in reading order: notebook: (title, module)
         "What LoRA buys", "appendix-E/topics/what_lora_buys.py",
     ),
     "appendix-E/topics/lora-variants.ipynb": ("LoRA's relatives", "appendix-E/topics/lora_variants.py"),
-    "appendix-E/topics/encoder-reviews.ipynb": (
-        "LoRA in an encoder", "appendix-E/topics/encoder_reviews.py",
+    "appendix-E/topics/lora-embedding-conv.ipynb": (
+        "LoRA for embeddings and convolutions", "appendix-E/topics/lora_embedding_conv.py",
     ),
     "appendix-E/topics/text-generation.ipynb": (
         "Text in a style", "appendix-E/topics/text_generation.py",

@@ -7,6 +7,8 @@ Adam at 5e-5, the state of the best epoch.
 from dataclasses import replace
 
 import torch
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import cross_entropy
 
 from appendix_e import count_parameters
@@ -20,6 +22,17 @@ MAX_LENGTH = 256  # tokens
 AS_PUBLISHED = TrainingSettings(
     epochs=3, batch_size=12, learning_rate=5e-5, weight_decay=0.0, decay=False, progress=False
 )
+
+
+def regress_on_words(train, test):
+    """Return the accuracy on `test` of a logistic regression on the counts of words and pairs of words.
+
+    Both are DataFrames of Text and Label. What it reaches needs no large model.
+    """
+    words = CountVectorizer(ngram_range=(1, 2))
+    regression = LogisticRegression(max_iter=1000)
+    regression.fit(words.fit_transform(train["Text"]), train["Label"])
+    return regression.score(words.transform(test["Text"]), test["Label"])
 
 
 class ReviewTask:
@@ -79,7 +92,7 @@ class ReviewTask:
         return numbers
 
 
-def measure_step(contender, choice, device, steps=5, settings=AS_PUBLISHED, length=MAX_LENGTH):
+def measure_encoder_step(contender, choice, device, steps=5, settings=AS_PUBLISHED, length=MAX_LENGTH):
     """Return seconds_per_step, step_memory_bytes and trained of random reviews of full length.
 
     Run it with nothing else running.

@@ -62,7 +62,8 @@ def is_plain(layer):
     Its branch must have A and B alone: LoRA's relatives with more are called as they are.
     """
     inner, lora = getattr(layer, "linear", None), getattr(layer, "lora", None)
-    if not isinstance(inner, torch.nn.Linear) or not hasattr(lora, "scale"):
+    stored = isinstance(inner, torch.nn.Linear) and "weight" in inner._parameters  # not quantized
+    if not stored or not hasattr(lora, "scale"):
         return False
     if [name for name, _ in lora.named_parameters()] != ["A", "B"]:
         return False

@@ -81,7 +81,8 @@ def prepare(model, settings, device):
         frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         if frozen and isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
             module.to(dtype)
-        if isinstance(module, torch.nn.Linear) and device.type == "cpu":
+        stored = isinstance(module, torch.nn.Linear) and "weight" in module._parameters  # not quantized
+        if stored and device.type == "cpu":
             module.weight.data = module.weight.data.t().contiguous().t()
     if stored_precision(model) != "float32":
         model.refusal = model.register_forward_pre_hook(refuse_low_precision)

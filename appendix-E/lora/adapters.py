@@ -15,14 +15,9 @@ from appendix_e import freeze
 from lora.attention import attention_layers, packed_names
 from lora.embedding_conv import GroupedLoRALayer
 from lora.files import WEIGHTS_FILE, branch_tensors, read_files, write_adapter
-from lora.layers import (
-    adapted_layers,
-    check_finite,
-    check_full,
-    require_unmerged,
-    swap,
-)
+from lora.layers import adapted_layers, check_finite, check_full, require_unmerged, swap
 from lora.precision import is_wide, keep_in_float32
+from lora.quantized import QuantizedLinear, quantized_weights
 from lora.targets import layers_for_lora, named_parts, plain_name
 from lora.variants import DoRALayer, Relative, link_projections
 from lora.wrappers import branch_from, put_tensors, settings_of, with_lora
@@ -61,13 +56,16 @@ def fingerprint(model, without=(), stored_as=torch.float32, instead=()):
     - `stored_as`: the dtype that the base is, or will be, stored in
     - `instead`: {name: tensor} of parameters that have other values at the moment
 
-    Values are rounded to bfloat16 first, so a copy of the base in bfloat16 has the same fingerprint.
+    Values are rounded to bfloat16 first, so a copy of the base in bfloat16 has the same fingerprint. Of a
+    quantized base they are what its codes say.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted({**base_parameters(model), **dict(instead)}.items()):
+    base = base_parameters(model) | quantized_weights(base_layers(model))
+    for name, value in sorted({**base, **dict(instead)}.items()):
         if name not in without:
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            rounded = parameter.detach().cpu().to(stored_as).bfloat16()
+            weight = value.weight if isinstance(value, QuantizedLinear) else value
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            rounded = weight.detach().cpu().to(stored_as).bfloat16()
             bits = rounded.contiguous().view(torch.int16)  # NumPy has no bfloat16
             digest.update(bits.numpy().data)
     return digest.hexdigest()
@@ -155,6 +153,8 @@ def kept_values(model, adapter, full):
     trained = [n for n, p in base_parameters(model).items() if p.requires_grad]
     changed = [name for name in trained if adapted and name not in full]
     since = f", or before {changed[0]} was trained here" if changed else ""
+    if any(isinstance(part, QuantizedLinear) for part in model.modules()):
+        since += ", or before it was quantized as here"
     raise ValueError(
         f"this adapter was trained on another base model{since}: load that model, "
         "with the same head, first"

@@ -6,13 +6,14 @@ import torch
 
 from appendix_e import LinearWithLoRA, is_number
 from lora.adalora import RankAllocation, leaves_out
+from lora.embedding_conv import EmbeddingLoRALayer
 from lora.variants import AdaLoRALayer, DeltaLoRALayer, Relative
 
 
 def lora_adamw(model, learning_rate, *, ratio=None, total_steps=None, allocation=None, **options):
     """Return torch.optim.AdamW for all parameters of `model` that require a gradient.
 
-    - `learning_rate`: of everything but B
+    - `learning_rate`: of everything but B (of an embedding, but A)
     - `ratio`: B's learning rate by `learning_rate`, LoRA+'s λ (None: each layer's own, 16 with "lora+",
       else 1)
     - `total_steps`: steps of the training, which AdaLoRA needs
@@ -33,7 +34,7 @@ def lora_adamw(model, learning_rate, *, ratio=None, total_steps=None, allocation
         raise ValueError(f"learning_rate must be a number from 0, not {learning_rate!r}")
     if not 0 <= learning_rate < math.inf:
         raise ValueError(f"learning_rate must be a number from 0, not {learning_rate!r}")
-    rates = rates_of_B(layers, ratio)
+    rates = raised_rates(layers, ratio)
     groups = {}
     for parameter in trained:
         groups.setdefault(rates.get(parameter, 1.0), []).append(parameter)
@@ -45,8 +46,11 @@ def lora_adamw(model, learning_rate, *, ratio=None, total_steps=None, allocation
     return optimizer
 
 
-def rates_of_B(layers, ratio):
-    """Return {B: its learning rate by that of the rest}; raise ValueError where there is no such rate."""
+def raised_rates(layers, ratio):
+    """Return {B: its learning rate by that of the rest}; raise ValueError where there is no such rate.
+
+    Of an embedding it is A, since LoRA+ raises the rate of what starts at zero.
+    """
     if ratio not in (None, 1) and not layers:
         raise ValueError("there is no LoRA for a ratio: call apply_lora first")
     rates = {}
@@ -61,7 +65,7 @@ def rates_of_B(layers, ratio):
             raise ValueError(f"{layer.variant} does not train both A and B, so LoRA+'s ratio has no meaning")
         if factor != 1 and isinstance(layer.lora, AdaLoRALayer):
             raise ValueError("LoRA+'s reason is that B starts at zero, and AdaLoRA's does not: use ratio=1")
-        rates[pair[1]] = factor
+        rates[pair[not isinstance(layer.lora, EmbeddingLoRALayer)]] = factor
     return rates
 
 

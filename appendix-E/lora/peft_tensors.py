@@ -17,6 +17,7 @@ from lora.adapters import (
 )
 from lora.embedding_conv import CONVOLUTIONS, ConvWithLoRA
 from lora.files import branch_tensors
+from lora.quantized import QuantizedLinear
 from lora.variants import D_INITIAL, digest_of
 from lora.wrappers import with_lora
 
@@ -206,10 +207,16 @@ def vera_settings(config, tensors, layer):
 
 
 def with_starts(model, adapter, start):
-    """Return `adapter` with PiSSA's or OLoRA's A₀ and B₀ of the weights that `model` has without LoRA."""
+    """Return `adapter` with PiSSA's or OLoRA's A₀ and B₀ of the weights that `model` has without LoRA.
+
+    Raises ValueError for a quantized layer, whose weights are others than those that PEFT started from.
+    """
     linear, layers, tensors = base_layers(model), {}, dict(adapter.tensors)
     for name, settings in adapter.layers.items():
         layers[name] = {**settings, "variant": start}
+        if isinstance(linear.get(name), QuantizedLinear):
+            raise ValueError(f"{name} is quantized, but PEFT's {start} starts from the weights themselves: "
+                             "import into the unquantized model")
         if name in linear:  # set_adapter refuses others
             lora = with_lora(linear[name], **layers[name]).lora
             for part in ("A_start", "B_start"):

@@ -63,9 +63,9 @@ LAYER_SETTINGS = ("rank", "alpha", "scaling", "dropout")
 def resolve_variant(variant="lora", scaling="alpha", ratio=None, init="printed", **options):
     """Return {variant, scaling, ratio, init, …}: the branch's name, and the settings that `variant` changes.
 
-    `variant`: one name of VARIANTS or several; `ratio` None: 16 with "lora+", else 1. Raises ValueError, with
-    the reason, for a name that is none, for names that make no sense together, and for an option that the
-    branch does not have.
+    `variant`: one name of VARIANTS or several; `ratio` None: 16 with "lora+", else 1; `init` "loftq" becomes
+    "printed", as LoftQ replaces A and B afterwards. Raises ValueError, with the reason, for a name that is
+    none, for names that make no sense together, and for an option that the branch does not have.
     """
     names = tuple(variant) if isinstance(variant, (tuple, list)) else (variant,)
     if unknown := [name for name in names if name not in VARIANTS]:
@@ -82,7 +82,7 @@ def resolve_variant(variant="lora", scaling="alpha", ratio=None, init="printed",
             settings[key] = value if settings[key] == usual else settings[key]
     settings["ratio"] = 1.0 if settings["ratio"] is None else settings["ratio"]
     check_variant(branch, init=init, options=options, **settings)
-    return {"variant": branch, **settings, "init": init, **options}
+    return {"variant": branch, **settings, "init": "printed" if init == "loftq" else init, **options}
 
 
 def check_variant(branch, scaling, ratio, init, options):
@@ -104,7 +104,8 @@ def check_variant(branch, scaling, ratio, init, options):
 
 def is_conv1d(module):
     """Return whether `module` is Hugging Face's Conv1D, a linear layer whose weight is (in, out = nf)."""
-    width, weight = getattr(module, "nf", None), module._parameters.get("weight")
+    width, own = getattr(module, "nf", None), module._parameters
+    weight = own.get("weight", getattr(module, "like", None))  # like, if quantized
     return None not in (width, weight) and weight.shape[1:] == (width,)
 
 

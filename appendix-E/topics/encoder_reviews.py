@@ -33,19 +33,19 @@ from book_figures import PALETTE
 from ch04 import pick_device
 from ch06 import SPLITS
 from comparison.grid import find_or_run, half_width, read_rows
-from comparison.reviews import AS_PUBLISHED, MAX_LENGTH, ReviewTask, measure_step
+from comparison.reviews import AS_PUBLISHED, MAX_LENGTH, ReviewTask, measure_encoder_step, regress_on_words
 from fast_path.settings import HelpFormatter, add_flags, check_count, take_flags
 from fast_path.training import choose_precision
 from film_reviews.encoder import last_layers
 from film_reviews.reviews import SENTIMENTS
 from lora.layers import adapted_layers, apply_lora
+from lora.targets import ROLES
 from spam_classifier.evaluation import wilson
 
 RESULTS = Path(__file__).with_name("encoder-reviews.jsonl")
-ROLES = ("query", "key", "value", "projection", "mlp", "head")
 ALPHAS = (1.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 RANKS = (1, 2, 4, 8, 16, 32)
-FLAGS = ("epochs", "batch_size", "learning_rate", "precision")
+TRAINING_FLAGS = ("epochs", "batch_size", "learning_rate", "precision")
 
 
 # What trains
@@ -82,15 +82,15 @@ class Recipe:
         return model
 
 
-PUBLISHED = (  # the four runs of the original
+FOUR_RUNS = (  # the four runs of the original
     Recipe("default"),
     Recipe("last two layers", trains="last"),
     Recipe("best", roles=("query", "value", "mlp"), alpha=1.0),
     Recipe("all weights", trains="all"),
 )
 RECIPES = (
-    *PUBLISHED,
-    Recipe("LoRA everywhere", roles=ROLES, alpha=1.0),
+    *FOUR_RUNS,
+    Recipe("LoRA everywhere", roles=tuple(ROLES), alpha=1.0),
     Recipe("default, head trained", train_head=True),
     Recipe("default, alpha 1", alpha=1.0),
 )
@@ -225,7 +225,7 @@ def plot_grid(rows):
 def add_common_flags(parser):
     """Give `parser` the flags of data, training and results."""
     add_assets_flag(parser, default="embedded")
-    add_flags(parser, AS_PUBLISHED, FLAGS)
+    add_flags(parser, AS_PUBLISHED, TRAINING_FLAGS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[123], help="one training for each")
     parser.add_argument("--max-length", type=int, default=MAX_LENGTH, help="tokens; longer reviews are cut")
     for name in SPLITS:
@@ -245,7 +245,7 @@ def parse_part(text):
     return int(part), int(parts)
 
 
-def parse_arguments(arguments=None):
+def parse_command_line(arguments=None):
     """Return the parsed command line, see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -288,12 +288,12 @@ def chosen_recipes(args):
 
 
 def run_costs_of_recipes(choice, device, output):
-    """Add a line of `measure_step` for each of RECIPES to the file `output`; print it."""
+    """Add a line of `measure_encoder_step` for each of RECIPES to the file `output`; print it."""
     for recipe in RECIPES:
         row = {
             "task": "costs", "model": choice.model, "threads": torch.get_num_threads(),
             "precision": choose_precision(device), **asdict(recipe),
-            **measure_step(recipe, choice, device),
+            **measure_encoder_step(recipe, choice, device),
         }
         append_line(output, json.dumps(row))
         print(f"{recipe.title}: {row['seconds_per_step']:.3f} s per step")
@@ -302,7 +302,7 @@ def run_costs_of_recipes(choice, device, output):
 @command
 def main(arguments=None):
     """Train, and print the table of all runs that the file has of this set-up."""
-    args = parse_arguments(arguments)
+    args = parse_command_line(arguments)
     check_outputs(args.output)
     choice, device = args.assets or choose_assets("embedded"), pick_device()
     if args.command == "costs":
@@ -314,6 +314,8 @@ def main(arguments=None):
     print(f"Reviews: {task.about['counts']}, cut to {args.max_length} tokens: {task.cut}; device: {device}")
     for seed, recipe in product(args.seeds, recipes):
         find_or_run(task, recipe, args.output, print, settings.learning_rate, seed, tuning=False)
+    counted = regress_on_words(task.parts["train"], task.parts["test"])
+    print(f"Logistic regression on words and pairs of words: {counted:.2%} of the test reviews")
     rows = [row for row in read_rows(args.output) if task.about.items() <= row.items()]
     print("", tabulate_runs(rows).to_string(), "", f"Written: {args.output}", sep="\n")
 

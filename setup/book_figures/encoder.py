@@ -2,7 +2,7 @@
 
 from book_figures.parts import SMALL, arrow, canvas, cells, write
 
-WORDS = ("hardly", "a", "dull", "minute")
+SENTENCE = ("hardly", "a", "dull", "minute")
 
 
 def two_ways_to_read():
@@ -11,8 +11,8 @@ def two_ways_to_read():
     end. Right, BERT: [CLS] stands before the words and [SEP] after them, all rows are filled from end to
     end, and the class is read at the first row, [CLS]."""
     fig, ax = canvas(8, 3.5)
-    draw_table(ax, 1.0, "GPT (decoder)", WORDS, read=len(WORDS) - 1, causal=True)
-    draw_table(ax, 4.55, "BERT (encoder)", ("[CLS]", *WORDS, "[SEP]"), read=0, causal=False)
+    draw_table(ax, 1.0, "GPT (decoder)", SENTENCE, read=len(SENTENCE) - 1, causal=True)
+    draw_table(ax, 4.55, "BERT (encoder)", ("[CLS]", *SENTENCE, "[SEP]"), read=0, causal=False)
     return fig
 
 

@@ -3,12 +3,13 @@
 import math
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
 import comparison.reviews
 from book_assets import Choice
-from comparison.reviews import AS_PUBLISHED, ReviewTask, measure_step
+from comparison.reviews import AS_PUBLISHED, ReviewTask, measure_encoder_step, regress_on_words
 from film_reviews.reviews import load_labelled
 from topics.encoder_reviews import Recipe
 
@@ -53,13 +54,22 @@ def test_the_seed_decides_the_run_and_tuning_leaves_the_test_reviews_out(task):
 
 
 def test_a_step_costs_less_memory_with_lora_than_with_all_weights():
+    settings = replace(SETTINGS, batch_size=2)
     lora, everything = (
-        measure_step(recipe, EMBEDDED, CPU, steps=1, settings=replace(SETTINGS, batch_size=2), length=8)
+        measure_encoder_step(recipe, EMBEDDED, CPU, steps=1, settings=settings, length=8)
         for recipe in (Recipe("default"), Recipe("all", trains="all"))
     )
     assert lora["trained"] < everything["trained"] and lora["seconds_per_step"] > 0
     weights = 4 * everything["trained"]
     assert weights < lora["step_memory_bytes"] < 2 * weights < everything["step_memory_bytes"]
+
+
+def test_counting_words_learns_words_and_no_order():
+    train = pd.DataFrame({"Text": ["good", "bad", "very good", "very bad"], "Label": [1, 0, 1, 0]})
+    assert regress_on_words(train, train) == 1.0
+    turned = pd.DataFrame({"Text": ["good, not bad", "bad, not good"], "Label": [1, 0]})
+    same_words = pd.DataFrame({"Text": ["good bad not", "not bad good"], "Label": [1, 0]})
+    assert regress_on_words(train, pd.concat([turned, same_words])) == 0.5
 
 
 def test_the_settings_are_those_of_the_original():

@@ -14,4 +14,4 @@ def test_a_drawing_is_legible_and_says_what_one_sees(name):
 def test_only_bert_reads_its_special_tokens():
     texts = [text.get_text() for text in drawn_texts(encoder.two_ways_to_read())]
     assert texts.count("[CLS]") == texts.count("[SEP]") == 2  # a row and a column
-    assert all(texts.count(word) == 4 for word in encoder.WORDS)
+    assert all(texts.count(word) == 4 for word in encoder.SENTENCE)

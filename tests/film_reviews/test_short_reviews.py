@@ -77,7 +77,7 @@ def test_no_word_gives_the_label_away(reviews):
 
 
 @pytest.mark.parametrize("vectorizer, stated", [
-    (CountVectorizer(), 0.83), (CountVectorizer(ngram_range=(1, 2)), 0.823),
+    (CountVectorizer(), 0.83), (CountVectorizer(ngram_range=(1, 2)), 0.827),
     (TfidfVectorizer(ngram_range=(1, 2)), 0.84),
 ])
 def test_a_bag_of_words_gets_most_but_not_all_of_the_test_part(vectorizer, stated, parts):

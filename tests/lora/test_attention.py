@@ -5,7 +5,10 @@ import torch
 import transformers as hf
 from torch import nn
 
+from lora.adapters import load_adapter, save_adapter
 from lora.layers import adapted_layers, apply_lora, merge_lora, remove_lora, unmerge_lora
+from lora.optimizer import lora_adamw
+from lora.wrappers import VARIANTS
 from models import same_state, state, train_a_little
 
 SIGNAL = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(2))
@@ -54,6 +57,25 @@ def test_every_form_of_torchs_attention_keeps_its_results(options):
     remove_lora(unmerge_lora(model))
     close(model["att"](SIGNAL, other, other)[0], plain)  # frozen, it may take torch's fast path
     assert [*model.state_dict()] == names
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_relative_of_lora_trains_and_merges_in_torchs_attention(variant, tmp_path):
+    model, plain = encoder().train(), encoder()
+    apply_lora(model, 2, 2.0, ("query", "projection"), variant=variant)
+    close(model(SIGNAL), plain(SIGNAL))
+    optimizer = lora_adamw(model, 0.01, total_steps=6)
+    for _ in range(6):
+        (model(SIGNAL) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = model.eval()(SIGNAL)
+    assert (expected - plain(SIGNAL)).abs().max() > 1e-3
+    fresh = load_adapter(encoder(), save_adapter(model, tmp_path)).eval()
+    assert torch.equal(fresh(SIGNAL), expected)
+    with torch.no_grad():
+        close(model(SIGNAL), expected)
+        close(merge_lora(model)(SIGNAL), expected)
 
 
 @pytest.mark.parametrize("attention", [

@@ -259,6 +259,7 @@ def test_targets_reach_embeddings_and_convolutions_and_all_means_linear_layers()
     (lambda: tagger(max_norm=1.0), {"targets": "embedding"}, "max_norm"),
     (lambda: tagger(sparse=True), {"targets": "embedding"}, "sparse"),
     (Encoder, {"targets": "query", "split_qkv": True, "variant": "dora"}, "split_qkv is for plain LoRA"),
+    (classifier, {"targets": ()}, "nothing is left for LoRA: give other"),
     (classifier, {"targets": "embedding"}, "no layer of Sequential for LoRA matches 'embedding'"),
 ])
 def test_what_cannot_be_is_refused_with_the_model_as_it_was(build, options, message):

@@ -64,6 +64,15 @@ def test_the_variants_own_ratio_holds_unless_another_is_given():
         assert max(group["lr"] for group in groups) == pytest.approx(fastest)
 
 
+def test_of_an_embedding_a_has_the_raised_rate_because_it_starts_at_zero():
+    model = apply_lora(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)), 2, 2.0, ("embedding", "all"))
+    groups = lora_adamw(model, 1e-3, ratio=8).param_groups
+    rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    embedding, linear = (layer.lora for layer in model)
+    assert rates[embedding.A] == rates[linear.B] == 8e-3 and rates[embedding.B] == rates[linear.A] == 1e-3
+    assert not embedding.A.any() and not linear.B.any()
+
+
 def test_a_schedule_scales_both_rates():
     optimizer = lora_adamw(adapt("lora+"), 0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / 10)

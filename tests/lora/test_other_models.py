@@ -181,7 +181,7 @@ def test_what_is_adapted_or_trained_or_was_not_asked_for_gives_no_warning(act):
 @pytest.mark.parametrize("adapt", [replace_linear_with_lora, apply_lora])
 def test_dropout_is_refused_where_torchs_attention_reads_the_weight(adapt):
     model = nn.TransformerEncoderLayer(16, 2, 32)
-    with pytest.raises(ValueError, match="leave out_proj out"):
+    with pytest.raises(ValueError, match="leave both out"):
         adapt(model, 2, 2, dropout=0.1)
     assert not adapted_layers(model)
     assert len(adapted_layers(apply_lora(model, 2, 2, ("linear1", "linear2"), dropout=0.1))) == 2

@@ -41,8 +41,9 @@ def dora_by_definition(x, W, bias, A, B, magnitude, scale):
 @given(sizes=st.tuples(SIZES, SIZES), rank=st.integers(1, 8), alpha=st.sampled_from([0.5, 2.0, 16.0]))
 def test_doras_outputs_and_gradients_are_the_definitions_without_its_large_matrix(sizes, rank, alpha):
     torch.manual_seed(sum(sizes) + rank)
-    layer = train_a_little(with_lora(nn.Linear(*sizes).requires_grad_(False), rank, alpha, variant="dora"))
-    lora, x = layer.lora, torch.randn(6, sizes[0])
+    linear = nn.Linear(*sizes).double().requires_grad_(False)
+    layer = train_a_little(with_lora(linear, rank, alpha, variant="dora"))
+    lora, x = layer.lora, torch.randn(6, sizes[0], dtype=torch.float64)
     trained = [lora.A, lora.B, lora.magnitude]
     by_definition = dora_by_definition(
         x, layer.linear.weight.T, layer.bias, lora.A, lora.B, lora.magnitude, lora.scale)

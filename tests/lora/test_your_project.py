@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from book_assets.table import REPOSITORY
 from lora.adapters import load_adapter, save_adapter, set_adapter
 from lora.layers import adapted_layers, merge_lora
+from lora.quantized import QuantizedLinear
 from lora.targets import ends_with, find_layers, find_modules
 from models import IDS, foreign, small_gpt, train_a_little
 
@@ -165,6 +166,16 @@ def check_memory(names):
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
+def check_quantized(names):
+    model = names["model"]
+    assert sum(names["losses"][-3:]) < sum(names["losses"][:3])
+    assert all(isinstance(layer.linear, QuantizedLinear) for layer in adapted_layers(model).values())
+    assert torch.equal(logits(names["fresh"], names), logits(model, names))
+    assert_close(logits(type(model).from_pretrained("merged-nf4"), names), logits(model, names))
+    based = load_adapter(names["base"], "adapter-nf4")
+    assert_close(logits(based, names), logits(model, names))
+
+
 def check_trainer(names):
     losses = [row["loss"] for row in names["trainer"].state.log_history if "loss" in row]
     assert sum(losses[-3:]) < sum(losses[:3])
@@ -185,6 +196,7 @@ STEPS = {
     "Merge": check_merging,
     "Exchange with PEFT": check_peft,
     "Less memory": check_memory,
+    "A base in 4 bits": check_quantized,
     "transformers.Trainer": check_trainer,
     "DoRA and other relatives": check_relative,
 }

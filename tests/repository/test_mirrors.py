@@ -14,7 +14,6 @@ LORA = tuple(
     for name in ("targets", "layers", "wrappers", "adapters", "files", "peft_format", "peft_tensors")
 )
 SPAM = ("appendix-E/spam_classifier/evaluation", "appendix-E/spam_classifier/experiments")
-REVIEWS = ("appendix-E/film_reviews/encoder", "appendix-E/comparison/reviews")
 STYLES = (
     "appendix-E/comparison/styles", "appendix-E/language_model/generation",
     "appendix-E/language_model/training",
@@ -27,7 +26,10 @@ MIRRORS = {  # notebook: the modules whose definitions it shows
     "appendix-E/topics/inside-lora": ("appendix-E/topics/inside_lora", *LORA),
     "appendix-E/topics/what-lora-buys": ("appendix-E/topics/what_lora_buys", *SPAM),
     "appendix-E/topics/lora-variants": ("appendix-E/topics/lora_variants",),
-    "appendix-E/topics/encoder-reviews": ("appendix-E/topics/encoder_reviews", *REVIEWS),
+    "appendix-E/topics/lora-embedding-conv": (
+        "appendix-E/topics/lora_embedding_conv", "appendix-E/comparison/new_words",
+        "appendix-E/comparison/digits",
+    ),
     "appendix-E/topics/text-generation": ("appendix-E/topics/text_generation", *STYLES),
 }
 
@@ -36,7 +38,8 @@ DRAWING = "draws or measures something in the notebook alone"
 TRY_OUT = "tries a definition out, in the notebook alone"
 NOTEBOOK_ONLY = {
     "count": TRY_OUT, "relative_change": DRAWING, "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
-    "LastRealToken": TRY_OUT, "distilbert": TRY_OUT, "spam_probability": DRAWING, "new_model": TRY_OUT,
+    "LastRealToken": TRY_OUT, "spam_probability": DRAWING, "new_model": TRY_OUT,
+    "report": TRY_OUT, "show_neighbours": TRY_OUT,
 }
 
 BOOK_NAMES = {

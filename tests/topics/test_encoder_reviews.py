@@ -13,17 +13,17 @@ from appendix_e import count_parameters
 from comparison.grid import read_rows
 from figures import find_faults
 from lora.layers import adapted_layers
+from lora.targets import ROLES
 from models import foreign, same_state, state
 from topics import encoder_reviews
 from topics.encoder_reviews import (
     RECIPES,
     RESULTS,
-    ROLES,
     Recipe,
     all_recipes,
     main,
     name_recipe,
-    parse_arguments,
+    parse_command_line,
     parse_part,
     plot_grid,
     plot_margins,
@@ -80,7 +80,7 @@ def test_lora_starts_as_the_base_model_with_a_normal_of_variance_one_over_the_ra
     ids = torch.randint(0, 60, (2, 5))
     before = model(ids).logits
     torch.manual_seed(1)
-    Recipe("", roles=ROLES, rank=16).adapt(model)
+    Recipe("", roles=tuple(ROLES), rank=16).adapt(model)
     assert torch.equal(model(ids).logits, before)
     drawn = torch.cat([layer.lora.A.flatten() for layer in adapted_layers(model).values()])
     assert abs(drawn.std() * 4 - 1) < 0.1 and drawn.abs().max() > 2 / 4  # no uniform draw within ±1/√r
@@ -124,7 +124,7 @@ def test_a_part_that_is_none_is_refused(text):
 
 def test_the_parts_of_a_grid_are_the_grid():
     parts = [
-        encoder_reviews.chosen_recipes(parse_arguments(["grid", "--part", f"{part}/7"]))
+        encoder_reviews.chosen_recipes(parse_command_line(["grid", "--part", f"{part}/7"]))
         for part in range(1, 8)
     ]
     assert {recipe for part in parts for recipe in part} == {*all_recipes()} and sum(map(len, parts)) == 576
@@ -138,7 +138,7 @@ def test_the_parts_of_a_grid_are_the_grid():
      Recipe("head, r 2, α 16", roles=("head",), rank=2)),
 ])
 def test_the_flags_choose_the_recipe(flags, expected):
-    assert encoder_reviews.chosen_recipes(parse_arguments(["run", *flags])) == [expected]
+    assert encoder_reviews.chosen_recipes(parse_command_line(["run", *flags])) == [expected]
 
 
 def run(capsys, *arguments):
