@@ -135,7 +135,7 @@ def stored_runs(choice, path, seeds=SEEDS):
 
 
 def tabulate_styles(runs):
-    """Return a DataFrame of texts, a row per approach: rate, trained, s/step, losses, held-out perplexity.
+    """Return a DataFrame of texts, a row per approach: rate, trained, losses, held-out perplexity.
 
     `runs` are those of `stored_runs`. Losses are in nats per token; the training loss is the mean of all
     steps. ± is one standard deviation of the seeds. It has no rows for no runs.
@@ -146,7 +146,6 @@ def tabulate_styles(runs):
     for title, group in runs[~runs["tuning"].astype(bool)].groupby("title", sort=False):
         table[title] = {
             "rate": f"{group['rate'].iloc[0]:g}", "trained": f"{group['trained'].iloc[0]:,}",
-            "s/step": f"{group['seconds_per_step'].median():.2f}",
             "train loss": f"{group['train_loss'].mean():.3f}",
             "test loss": mean_and_spread(group["test_loss"], digits=3),
             "perplexity": mean_and_spread(group["test_loss"].map(perplexity)),
