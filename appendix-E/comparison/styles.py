@@ -179,11 +179,14 @@ def run_style_costs(contenders, output, device, model="tiny", steps=3, report=pr
 def measure_style_step(contender, config, device, steps=3, settings=STYLE_SETTINGS):
     """Return trained, tokens, seconds_per_step and step_memory_bytes at the shape `config`.
 
-    The weights and tokens are random. Time is the mean of `steps` steps after one to warm up; memory is the
-    peak of two, since AdamW's state only exists after the first.
+    The weights and tokens are random; embeddings start as small as GPT-2's did, since larger ones make most
+    probabilities, and so gradients, denormal numbers, with which processors are slow. Time is the mean of
+    `steps` steps after one to warm up; memory is the peak of two, since AdamW's state only exists after the
+    first.
     """
     torch.manual_seed(settings.seed)
     model = GPTModel(config)
+    torch.nn.init.normal_(model.tok_emb.weight, std=0.02)
     model.out_head.weight = model.tok_emb.weight
     use_fused_attention(model)
     contender.adapt(model, StyleTask.targets, ()).to(device)
