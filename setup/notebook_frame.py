@@ -34,6 +34,9 @@ ORDER = {  # in reading order: notebook: (title, module)
     "appendix-E/topics/lora-embedding-conv.ipynb": (
         "LoRA for embeddings and convolutions", "appendix-E/topics/lora_embedding_conv.py",
     ),
+    "appendix-E/topics/encoder-reviews.ipynb": (
+        "LoRA in an encoder", "appendix-E/topics/encoder_reviews.py",
+    ),
     "appendix-E/topics/text-generation.ipynb": (
         "Text in a style", "appendix-E/topics/text_generation.py",
     ),

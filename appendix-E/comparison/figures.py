@@ -1,6 +1,9 @@
 """Figures of a comparison by `comparison.grid`: losses over the rates, differences with intervals."""
 
+import math
+
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 from book_figures import PALETTE
@@ -19,12 +22,14 @@ def plot_rates(runs, reference="LoRA", label=LOSS):
     losses = tuning.groupby(["title", "rate"], sort=False)["validation_loss"].agg(
         lambda values: pd.to_numeric(values).mean(skipna=False))
     titles = [*dict.fromkeys(tuning["title"])]
-    lines, low = -(-len(titles) // 5), losses.min()
-    high = low + 3 * (losses.median() - low)
+    columns, low = min(len(titles), 5), losses.min()
+    lines, high = -(-len(titles) // columns), low + 3 * (losses.median() - low)
     fig, axes = plt.subplots(
-        lines, 5, figsize=(8, 0.5 + 1.7 * lines), sharex=True, sharey=True, layout="constrained",
-        squeeze=False)
+        lines, columns, figsize=(max(1.6, 4 - columns) * columns, 0.5 + 1.7 * lines), sharex=True,
+        sharey=True, layout="constrained", squeeze=False)
     axes[0, 0].set_ylim(low - 0.1 * (high - low), high)
+    lowest, highest = np.log10([tuning["rate"].min(), tuning["rate"].max()])
+    decades = range(math.ceil(lowest), math.floor(highest) + 1)
     for ax in axes.flat[len(titles):]:
         ax.axis("off")
     for ax, title in zip(axes.flat, titles):
@@ -34,7 +39,7 @@ def plot_rates(runs, reference="LoRA", label=LOSS):
         chosen = best_rate(tuning[tuning["title"] == title].to_dict("records"))
         ax.plot(chosen, curve[chosen], "o", mfc="none", mec=PALETTE["orange"], ms=9, mew=1.8)
         ax.set(title=title, xscale="log")
-        ax.set_xticks([1e-4, 1e-3, 1e-2, 1e-1], ["1e-4", "", "1e-2", ""])
+        ax.set_xticks([10.0**d for d in decades], ["" if i % 2 else f"1e{d}" for i, d in enumerate(decades)])
         ax.minorticks_off()
     fig.supxlabel("learning rate", fontsize=10)
     fig.supylabel(label, fontsize=10)

@@ -96,9 +96,12 @@ def last_layers(model):
 def encoder_logits(model, ids, lengths, checkpointing=False):
     """Return logits (B, classes) for right-padded ids (B, T) with `lengths` (B,), as `fit` calls it."""
     if checkpointing:
-        raise ValueError("an encoder trains without gradient_checkpointing: choose a smaller batch")
+        raise ValueError(
+            "an encoder trains without gradient_checkpointing: choose a smaller batch"
+        )
     mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    return model.forward(input_ids=ids, attention_mask=mask).logits  # not the call, which `prepare` refuses
+    # `forward` itself, since `prepare` refuses the model's call
+    return model.forward(input_ids=ids, attention_mask=mask).logits
 
 
 # Reviews
@@ -111,9 +114,15 @@ def encode_reviews(texts, tokenizer, max_length):
     fewer than three tokens and for an empty text.
     """
     if max_length < 3:
-        raise ValueError(f"max_length must be at least 3, two of them special, not {max_length}")
+        raise ValueError(
+            f"max_length must be at least 3, two of them special, not {max_length}"
+        )
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError("a review is a text, not empty: leave the others out")
     encoded = tokenizer([*texts], verbose=False)["input_ids"]
-    cut = [ids if len(ids) <= max_length else ids[: max_length - 1] + ids[-1:] for ids in encoded]
-    return [np.array(ids, dtype=np.int32) for ids in cut], sum(len(ids) > max_length for ids in encoded)
+    longer = [len(ids) > max_length for ids in encoded]
+    cut = [
+        ids[: max_length - 1] + ids[-1:] if long else ids
+        for ids, long in zip(encoded, longer)
+    ]
+    return [np.array(ids, dtype=np.int32) for ids in cut], sum(longer)

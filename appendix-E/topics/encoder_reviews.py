@@ -76,7 +76,9 @@ class Recipe:
                 model.get_submodule(name).requires_grad_(True)
             return model
         head = "*classifier" if self.train_head else ()
-        apply_lora(model, self.rank, self.alpha, self.roles, self.scaling, train_in_full=head)
+        apply_lora(
+            model, self.rank, self.alpha, self.roles, self.scaling, train_in_full=head
+        )
         for layer in adapted_layers(model).values():
             nn.init.normal_(layer.lora.A, std=self.rank**-0.5)
         return model
@@ -129,14 +131,14 @@ def subsets(names):
 
 
 def tabulate_runs(rows):
-    """Return a DataFrame, a row per recipe: trained parameters, accuracies in %, ± half a 95 % interval.
+    """Return a DataFrame, a row per recipe and rate: trained parameters, accuracies in %, 95 % intervals.
 
-    `rows` are finished runs that differ in recipe, learning rate and seed. With one seed the interval is
-    Wilson's, for the number of test reviews.
+    `rows` are finished runs that differ in recipe, learning rate and seed. The intervals are Student's for
+    the seeds, if there are several, and Wilson's for the number of test reviews.
     """
-    table = {}
-    for title, runs in pd.DataFrame([row for row in rows if not row["tuning"]]).groupby("title", sort=False):
-        row = table[title] = {"rate": f"{runs['rate'].iloc[0]:g}", "trained": f"{runs['trained'].iloc[0]:,}"}
+    table, final = [], pd.DataFrame([row for row in rows if not row["tuning"]])
+    for (title, rate), runs in final.groupby(["title", "rate"], sort=False):
+        row = {"": title, "rate": f"{rate:g}", "trained": f"{runs['trained'].iloc[0]:,}"}
         for name in ("validation", "test"):
             row[f"{name} (%)"] = f"{100 * runs[name].mean():.2f}"
         row["seeds"] = len(runs)
@@ -145,7 +147,8 @@ def tabulate_runs(rows):
         count = runs["counts"].iloc[0]["test"]
         low, high = wilson(round(runs["test"].mean() * count), count)
         row["95 % (reviews)"] = f"{100 * low:.1f} to {100 * high:.1f}"
-    return pd.DataFrame(table).T.fillna("")
+        table.append(row)
+    return pd.DataFrame(table).set_index("").fillna("")
 
 
 # Figures

@@ -19,7 +19,7 @@ from book_assets.table import DOWNLOADS, EMBEDDED_MODEL
 MODELS = {"book": "OpenAI's GPT-2", "embedded": "gpt2-tiny, this repository's own small GPT-2"}
 DATA = {
     "book": "the book's texts (UCI's SMS Spam Collection, The Verdict)",
-    "embedded": "this repository's own texts (sample messages, short story)",
+    "embedded": "this repository's own texts (sample messages, short reviews, a short story)",
 }
 
 

@@ -14,6 +14,7 @@ LORA = tuple(
     for name in ("targets", "layers", "wrappers", "adapters", "files", "peft_format", "peft_tensors")
 )
 SPAM = ("appendix-E/spam_classifier/evaluation", "appendix-E/spam_classifier/experiments")
+REVIEWS = ("appendix-E/film_reviews/encoder", "appendix-E/comparison/reviews")
 STYLES = (
     "appendix-E/comparison/styles", "appendix-E/language_model/generation",
     "appendix-E/language_model/training",
@@ -30,6 +31,7 @@ MIRRORS = {  # notebook: the modules whose definitions it shows
         "appendix-E/topics/lora_embedding_conv", "appendix-E/comparison/new_words",
         "appendix-E/comparison/digits",
     ),
+    "appendix-E/topics/encoder-reviews": ("appendix-E/topics/encoder_reviews", *REVIEWS),
     "appendix-E/topics/text-generation": ("appendix-E/topics/text_generation", *STYLES),
 }
 
@@ -38,7 +40,7 @@ DRAWING = "draws or measures something in the notebook alone"
 TRY_OUT = "tries a definition out, in the notebook alone"
 NOTEBOOK_ONLY = {
     "count": TRY_OUT, "relative_change": DRAWING, "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
-    "LastRealToken": TRY_OUT, "spam_probability": DRAWING, "new_model": TRY_OUT,
+    "LastRealToken": TRY_OUT, "distilbert": TRY_OUT, "spam_probability": DRAWING, "new_model": TRY_OUT,
     "report": TRY_OUT, "show_neighbours": TRY_OUT,
 }
 
