@@ -25,7 +25,7 @@ LAYERS = {  # from the top: each folder, or file of appendix-E or setup, and wha
     "finetune_spam": BELOW_APPLICATIONS,
     "listings": CHAPTERS,
     "spam_classifier": BELOW_SPAM_CLASSIFIER,
-    "language_model": {"fast_path", "appendix_e"} | CHAPTERS | SHARED,
+    "language_model": {"lora", "fast_path", "appendix_e"} | CHAPTERS | SHARED,
     "film_reviews": {"lora"} | CHAPTERS | SHARED,
     "lora": {"appendix_e"},  # a project copies these two
     "fast_path": {"appendix_e", "ch04"},

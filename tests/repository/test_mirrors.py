@@ -15,6 +15,10 @@ LORA = tuple(
 )
 SPAM = ("appendix-E/spam_classifier/evaluation", "appendix-E/spam_classifier/experiments")
 REVIEWS = ("appendix-E/film_reviews/encoder", "appendix-E/comparison/reviews")
+STYLES = (
+    "appendix-E/comparison/styles", "appendix-E/language_model/generation",
+    "appendix-E/language_model/training",
+)
 MIRRORS = {  # notebook: the modules whose definitions it shows
     "ch04/ch04": ("ch04/ch04",),
     "ch05/ch05": ("ch05/ch05", "ch05/gpt_checkpoint"),
@@ -28,6 +32,7 @@ MIRRORS = {  # notebook: the modules whose definitions it shows
         "appendix-E/comparison/digits",
     ),
     "appendix-E/topics/encoder-reviews": ("appendix-E/topics/encoder_reviews", *REVIEWS),
+    "appendix-E/topics/text-generation": ("appendix-E/topics/text_generation", *STYLES),
     "appendix-E/topics/qlora": (
         "appendix-E/topics/qlora", "appendix-E/lora/codes", "appendix-E/lora/quantized",
     ),
