@@ -37,9 +37,13 @@ ORDER = {  # in reading order: notebook: (title, module)
     "appendix-E/topics/encoder-reviews.ipynb": (
         "LoRA in an encoder", "appendix-E/topics/encoder_reviews.py",
     ),
+    "appendix-E/topics/text-generation.ipynb": (
+        "Text in a style", "appendix-E/topics/text_generation.py",
+    ),
     "appendix-E/topics/instruction-finetuning.ipynb": (
         "Following instructions", "appendix-E/topics/instruction_finetuning.py",
     ),
+    "appendix-E/topics/qlora.ipynb": ("QLoRA", "appendix-E/topics/qlora.py"),
 }
 FIRST_CELL = """\
 # In Colab: get the repository and its packages. Elsewhere: check that they are there.

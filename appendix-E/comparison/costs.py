@@ -1,11 +1,11 @@
-"""What a training step costs, in seconds and memory, at gpt2-tiny's shape and at GPT-2 small's.
+"""What a training step costs, in seconds and memory, at the shapes of gpt2-tiny, GPT-2 small and medium.
 
 Run it with nothing else running. Memory is counted tensor by tensor, so it is the same on every CPU.
 """
 
 import json
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
@@ -18,7 +18,7 @@ from ch06 import add_classification_head
 from comparison.grid import read_rows
 from fast_path.packed_model import last_token_logits
 from fast_path.settings import TrainingSettings
-from fast_path.training import fit, prepare
+from fast_path.training import autocast, fit, prepare
 from lora.adapters import save_adapter
 from lora.files import WEIGHTS_FILE
 from lora.optimizer import lora_adamw
@@ -26,18 +26,25 @@ from pretrain_tiny import TINY_CONFIG
 from spam_classifier.experiments import step_memory
 from spam_classifier.memory_check import CPU
 
-SHAPES = {"tiny": TINY_CONFIG, "GPT-2 small": {**GPT_CONFIG_124M, "drop_rate": 0.0, "qkv_bias": True}}
+GPT2_SMALL = {**GPT_CONFIG_124M, "drop_rate": 0.0, "qkv_bias": True}
+GPT2_MEDIUM = {**GPT2_SMALL, "emb_dim": 1024, "n_layers": 24, "n_heads": 16}
+SHAPES = {"tiny": TINY_CONFIG, "GPT-2 small": GPT2_SMALL, "GPT-2 medium": GPT2_MEDIUM}
 MESSAGES, TOKENS = 8, 128
 SETTINGS = TrainingSettings(
     epochs=1, batch_size=MESSAGES, precision="float32", progress=False, max_tokens=MESSAGES * TOKENS, seed=1
 )
 
 
+def settings_for(contender):
+    """Return SETTINGS with the contender's own `precision`, if it has one."""
+    return replace(SETTINGS, precision=getattr(contender, "precision", SETTINGS.precision))
+
+
 def build_adapted(contender, config):
     """Return chapter 4's model of the shape `config`, random, with two classes and the contender in it."""
     torch.manual_seed(1)
     model = add_classification_head(GPTModel(config))
-    return prepare(contender.adapt(model, "all", "head"), SETTINGS, CPU)
+    return prepare(contender.adapt(model, "all", "head"), settings_for(contender), CPU)
 
 
 def draw_messages(config, steps):
@@ -50,7 +57,8 @@ def draw_messages(config, steps):
 def time_step(contender, config, steps):
     """Return the mean seconds of `steps` training steps of MESSAGES × TOKENS tokens."""
     model = build_adapted(contender, config)
-    history = fit(model, draw_messages(config, steps), SETTINGS, CPU, make_optimizer=lora_adamw)
+    messages, settings = draw_messages(config, steps), settings_for(contender)
+    history = fit(model, messages, settings, CPU, make_optimizer=lora_adamw)
     return history.seconds / steps
 
 
@@ -68,7 +76,8 @@ def kept_for_backward(contender, config):
 
     messages, _ = draw_messages(config, 1)
     ids, lengths = torch.stack([*map(torch.from_numpy, messages)]), torch.full((MESSAGES,), TOKENS)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, autocast(CPU, settings_for(contender).precision):
         logits = last_token_logits(model.train(), ids, lengths)
     logits.sum().backward()
     return sum(size for size, _ in kept.values())
@@ -107,10 +116,13 @@ def run_costs(contenders, output, model="tiny", rounds=3, steps=4, report=print)
 
 
 def measure_memory(contender, config):
-    """Return trained parameters, and bytes: kept for backward, peak of a step, saved adapter."""
-    model = build_adapted(contender, config)
+    """Return trained parameters, and bytes: model, kept for backward, peak of a step, saved adapter."""
+    model, messages = build_adapted(contender, config), {"train": draw_messages(config, 1)}
+    tensors = [*model.parameters(), *model.buffers()]
     return {
-        "trained": count_parameters(model)[0], "kept_bytes": kept_for_backward(contender, config),
-        "step_memory_bytes": step_memory(model, {"train": draw_messages(config, 1)}, SETTINGS, CPU),
+        "trained": count_parameters(model)[0],
+        "model_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "kept_bytes": kept_for_backward(contender, config),
+        "step_memory_bytes": step_memory(model, messages, settings_for(contender), CPU),
         "checkpoint_bytes": adapter_bytes(contender, config),
     }

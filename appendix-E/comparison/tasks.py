@@ -65,33 +65,51 @@ class SpamTask:
 class TextTask:
     """The next tokens of film reviews; the contender trains in the blocks, the tied head stays as it is."""
 
-    tuning_seeds = (101,)
+    name, targets, tuning_seeds = "text", BODY, (101,)
 
     def __init__(self, choice, device, settings=None, quick=False):
         self.size, self.device = choice.model_size(), device
         self.settings = settings or TextSettings(steps=100, batch_size=2, progress=False)
-        texts = load_texts(choice, {name: 4 if quick else size for name, size in REVIEWS.items()})
         tokenizer = get_tokenizer()
-        self.windows = {name: encode_windows(part, tokenizer, TEXT_TOKENS)[0] for name, part in texts.items()}
+        self.windows = {
+            name: encode_windows(part, tokenizer, TEXT_TOKENS)[0]
+            for name, part in self.load_parts(choice, quick).items()
+        }
         self.about = {
-            "task": "text", "model": self.size, "data": choice.data, "quick": quick,
+            "task": self.name, "model": self.size, "data": choice.data, "quick": quick,
             "steps": self.settings.steps, "batch_size": self.settings.batch_size, "tokens": TEXT_TOKENS,
         }
+
+    def load_parts(self, choice, quick):
+        """Return {"train", "validation", "test": texts}."""
+        return load_texts(choice, {name: 4 if quick else size for name, size in REVIEWS.items()})
+
+    def make_optimizer(self, model, learning_rate, **options):
+        """Return the optimizer for `fit_text`."""
+        return lora_adamw(model, learning_rate, **options)
+
+    def train(self, contender, rate, seed, validation=None):
+        """Return (a new model, trained, `fit_text`'s `TextHistory`); `validation` is that of `fit_text`."""
+        settings = replace(self.settings, learning_rate=rate, seed=seed)
+        model, _ = load_language_model(self.size)
+        torch.manual_seed(seed)
+        contender.adapt(model, self.targets, ()).to(self.device)
+        history = fit_text(
+            model, self.windows["train"], settings, self.device, validation, self.make_optimizer
+        )
+        return model, history
+
+    def describe(self, history):
+        """Return the numbers of a training that its `TextHistory` has."""
+        return {"seconds_per_step": history.seconds / self.settings.steps}
 
     def run(self, contender, rate, seed, tuning=False):
         """Train a new model; return its numbers: losses are in nats per token.
 
         `tuning` leaves the test reviews out.
         """
-        settings = replace(self.settings, learning_rate=rate, seed=seed)
-        model, _ = load_language_model(self.size)
-        torch.manual_seed(seed)
-        contender.adapt(model, BODY, ()).to(self.device)
-        trained, _ = count_parameters(model)
-        history = fit_text(
-            model, self.windows["train"], settings, self.device, make_optimizer=lora_adamw
-        )
-        numbers = {"trained": trained, "seconds_per_step": history.seconds / settings.steps}
+        model, history = self.train(contender, rate, seed)
+        numbers = {"trained": count_parameters(model)[0], **self.describe(history)}
         for name in judged_parts(tuning):
             numbers[f"{name}_loss"] = mean_loss(model, self.windows[name], self.device)
         return numbers

@@ -231,6 +231,21 @@ def fit_text(model, windows, settings, device, validation=None, make_optimizer=a
     )
 
 
+def adamw_on_matrices(model, learning_rate, *, total_steps, weight_decay, **options):
+    """Return AdamW for what requires a gradient, as `adamw` does, with weight decay for matrices alone.
+
+    Biases and the gains and shifts of normalisations, which have fewer than two dimensions, have none:
+    pulling a gain to zero would switch its features off. LoRA's A and B are matrices.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    filled = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(filled, lr=learning_rate, **options)
+
+
 def stops(settings):
     """Return the numbers of steps, before the last one, after which the loss is measured."""
     return range(settings.eval_every, settings.steps, settings.eval_every)

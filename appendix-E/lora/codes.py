@@ -19,7 +19,7 @@ def nf4_levels():
     They are quantiles of the normal distribution, divided by the largest: 7 below zero, zero itself, 8 above.
     """
     tail = 1 - (1 / 32 + 1 / 30) / 2
-    steps = [torch.linspace(tail, 0.5, count + 1, dtype=torch.float64)[:-1] for count in (7, 8)]
+    steps = (torch.linspace(tail, 0.5, n + 1, dtype=torch.float64)[:-1] for n in (7, 8))
     below, above = map(torch.special.ndtri, steps)
     levels = torch.cat([-below, below.new_zeros(1), above.flip(0)])
     return (levels / levels[-1]).float()

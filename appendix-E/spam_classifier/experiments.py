@@ -111,8 +111,6 @@ def step_memory(model, encoded, settings, device, forward=last_token_logits):
     count, on a CPU the running sum of the allocations that the profiler sees. The step trains
     `model`: build one for this alone. `forward` is that of `fit`.
     """
-    if device.type == "mps":
-        return None
     messages, labels = encoded["train"]
     order = sorted(range(len(messages)), key=lambda i: -len(messages[i]))
     longest = order[: settings.batch_size]
@@ -122,6 +120,13 @@ def step_memory(model, encoded, settings, device, forward=last_token_logits):
     def step():
         fit(model, batch, once, device, make_optimizer=lora_adamw, forward=forward)
 
+    return peak_of_step(model, step, device)
+
+
+def peak_of_step(model, step, device):
+    """Return the peak bytes while `step()` trains `model`, its weights included; None on MPS."""
+    if device.type == "mps":
+        return None
     if device.type == "cuda":
         return peak_memory(step, device)
     tensors = [*model.parameters(), *model.buffers()]
@@ -266,7 +271,7 @@ def summary(runs):
     return pd.DataFrame(rows).T
 
 
-def mean_and_spread(values):
+def mean_and_spread(values, digits=1):
     """Return a text such as "96.2 ± 0.8", or the mean alone for one value."""
-    spread = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{values.std():.1f}" if len(values) > 1 else ""
-    return f"{values.mean():.1f}{spread}"
+    spread = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"

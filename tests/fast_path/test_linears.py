@@ -6,6 +6,7 @@ from torch import nn
 
 from appendix_e import LinearWithLoRA
 from fast_path.linears import AdaptedLinears, adapted_linears
+from lora.quantized import QuantizedLinear
 from lora.variants import link_projections
 from lora.wrappers import BRANCHES, with_lora
 from models import train_a_little
@@ -72,6 +73,42 @@ def test_other_layers_are_called_as_they_are(other):
     torch.manual_seed(1)
     result = adapted_linears([layer], x)[0]
     assert torch.equal(result, expected) and "AdaptedLinears" not in type(result.grad_fn).__name__
+
+
+# Quantized layers
+
+
+def quantized(out_features, rank, kind):
+    layer = adapted(out_features, rank)
+    layer.linear = layer.linear if kind is None else QuantizedLinear(layer.linear, kind)
+    return layer
+
+
+@pytest.mark.parametrize("kinds", [("nf4",), ("int8",), ("nf4", "nf4", "nf4"), ("nf4", None), (None, "int8")])
+def test_outputs_and_gradients_of_quantized_layers_are_the_layers_own(kinds):
+    torch.manual_seed(123)
+    layers = [quantized(4 + number, 2 + number, kind) for number, kind in enumerate(kinds)]
+    x = torch.randn(7, 6, requires_grad=True)
+    trained = [x, *(parameter for layer in layers for parameter in layer.lora.parameters())]
+    slow, fast = [layer(x) for layer in layers], adapted_linears(layers, x)
+    assert all("AdaptedLinears" in type(y.grad_fn).__name__ for y in fast)
+    torch.testing.assert_close(list(fast), slow)
+    torch.testing.assert_close(gradients(fast, trained), gradients(slow, trained), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_under_autocast_quantized_layers_give_their_own_result(kind):
+    layer, x = quantized(4, 2, kind), torch.randn(7, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        slow, fast = layer(x), adapted_linears([layer], x)[0]
+    assert fast.dtype == torch.bfloat16
+    torch.testing.assert_close(fast.float(), slow.float(), atol=0.1, rtol=0.1)
+
+
+def test_of_a_quantized_weight_nothing_is_kept():
+    layer, x = quantized(40, 2, "nf4"), torch.randn(50, 6)
+    kept = saved_for_backward([layer], x)
+    assert all(t.shape != (40, 6) for t in kept) and sum(t.shape[0] == 50 for t in kept) == 2  # x, x A
 
 
 # LoRA's relatives

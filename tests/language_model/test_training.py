@@ -19,6 +19,7 @@ from fast_path.settings import add_flags, take_flags
 from language_model import training
 from language_model.training import (
     TextSettings,
+    adamw_on_matrices,
     backward_mean,
     draw_batches,
     encode_windows,
@@ -353,3 +354,31 @@ def test_the_embedded_model_predicts_english_far_better_than_a_uniform_guess(tok
     logits = model(ids[:, :-1])
     expected = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
     assert mean_loss(model, windows[:1], CPU) == pytest.approx(expected, abs=1e-5)
+
+
+# Weight decay
+
+
+def test_without_a_gradient_matrices_shrink_and_biases_gains_and_shifts_stay(model):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = adamw_on_matrices(model, 0.1, total_steps=1, weight_decay=0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1 - 0.1 * 0.5 if parameter.requires_grad and parameter.dim() > 1 else 1
+        torch.testing.assert_close(parameter, factor * before[name], msg=name)
+
+
+def test_every_trained_parameter_is_in_one_group_and_fit_text_takes_the_optimizer(model, windows):
+    made = []
+
+    def make(*arguments, **options):
+        made.append(adamw_on_matrices(*arguments, **options))
+        return made[-1]
+
+    fit_text(model, windows, QUICK, CPU, make_optimizer=make)
+    grouped = [p for group in made[0].param_groups for p in group["params"]]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {*map(id, grouped)} == {*map(id, trained)} and len(grouped) == len(trained)
+    assert {group["weight_decay"] for group in made[0].param_groups} <= {QUICK.weight_decay, 0.0}

@@ -1,19 +1,20 @@
 """Bases in 4 and 8 bits: the codes, the layers that store them, and all that LoRA does on top of them."""
 
 import copy
-import importlib.util
 import pickle
 from itertools import pairwise
+from unittest.mock import Mock
 
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
+import lora.quantized
 from fast_path.packed_model import last_token_logits
 from fast_path.settings import TrainingSettings
 from fast_path.training import prepare, restore
@@ -31,7 +32,7 @@ from lora.layers import (
 )
 from lora.optimizer import lora_adamw
 from lora.peft_format import export_peft, import_peft
-from lora.quantized import QuantizedLinear, loftq
+from lora.quantized import QuantizedLinear, find_bitsandbytes, loftq, unpack
 from lora.wrappers import BRANCHES
 from models import IDS, foreign, language_model, same_state, small_gpt, state, train_a_little
 
@@ -44,6 +45,7 @@ PUBLISHED = [  # the QLoRA paper's appendix E, and bitsandbytes' table
 ]
 HALF_GAP = (1 - 0.6961928009986877) / 2  # half the widest gap between levels
 GPT2 = foreign("gpt2")
+NO_BITSANDBYTES = "needs bitsandbytes, of which a CPU version exists: pip install bitsandbytes"
 
 
 def matrix(rows, columns, seed=0, scale=0.02):
@@ -183,18 +185,113 @@ def test_what_cannot_be_quantized_is_refused(change, message):
         quantize(**{"weight": torch.ones(3, 3)} | change)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None,
-    reason="needs CUDA and bitsandbytes",
-)
-def test_the_codes_are_those_of_bitsandbytes():
-    functional = pytest.importorskip("bitsandbytes.functional")
-    weight = matrix(256, 512).cuda()
+# bitsandbytes, real where it is installed, else a stand-in
+
+
+def test_the_codes_and_levels_are_those_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional", reason=NO_BITSANDBYTES)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert_close(functional.get_4bit_type("nf4", device="cpu"), NF4, 1e-6)
+    weight = matrix(256, 512).to(device)
     theirs, their_state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     ours = quantize(weight, double=False)
     assert (ours.packed == theirs.flatten()).float().mean() > 0.9999  # rounded midpoints
     difference = dequantize(ours) - functional.dequantize_4bit(theirs, their_state)
     assert difference.abs().mean() < 1e-6 * weight.abs().max()
+
+
+@pytest.fixture
+def kernels_on_a_cpu(monkeypatch):
+    """Let layers on the CPU use `Kernels` in place of bitsandbytes; return its list of calls."""
+    calls = []
+
+    class Kernels:
+        class QuantState:
+            def __init__(self, absmax, shape, code, blocksize, quant_type, dtype):
+                assert quant_type == "nf4" and absmax.dtype == torch.float32
+                assert shape == (len(absmax), blocksize)
+                vars(self).update(absmax=absmax, levels=code, dtype=dtype)
+
+        @staticmethod
+        def dequantize_4bit(packed, state):
+            calls.append((len(packed), state.dtype))
+            codes = torch.cat([packed >> 4, packed & 15], 1).flatten().int()
+            values = state.levels[codes].view(len(state.absmax), -1) * state.absmax[:, None]
+            return values.to(state.dtype)
+
+    monkeypatch.setattr(lora.quantized, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(lora.quantized, "find_bitsandbytes", lambda: Kernels)
+    return calls
+
+
+@pytest.mark.parametrize("double", [True, False])
+@given(st.integers(1, 40), st.integers(1, 70), st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_kernel_unpacks_what_torch_dequantizes(kernels_on_a_cpu, double, rows, columns, dtype):
+    kernels_on_a_cpu.clear()
+    codes = quantize(matrix(rows, columns), double=double)
+    assert torch.equal(unpack(codes, dtype), dequantize(codes, dtype))
+    assert kernels_on_a_cpu == [(32 * -(-rows * columns // 64), dtype)]
+
+
+def test_bitsandbytes_itself_unpacks_what_torch_dequantizes(monkeypatch):
+    pytest.importorskip("bitsandbytes.functional", reason=NO_BITSANDBYTES)
+    monkeypatch.setattr(lora.quantized, "KERNEL_DEVICES", ("cpu", "cuda"))
+    for shape, double in (((64, 96), True), ((64, 96), False), ((7, 9), True)):
+        codes = quantize(matrix(*shape), double=double)
+        assert_close(unpack(codes, torch.float32), dequantize(codes), 1e-7)
+        half = unpack(codes, torch.bfloat16)
+        assert half.dtype == torch.bfloat16
+        assert_close(half.float(), dequantize(codes, torch.bfloat16).float(), 1e-4)
+
+
+def test_products_use_the_kernel_forward_and_backward_and_change_nothing(kernels_on_a_cpu):
+    layer = QuantizedLinear(nn.Linear(64, 32), "nf4")
+    x = torch.randn(3, 64, requires_grad=True)
+    expected = linear(x, layer.weight, layer.bias)
+    assert not kernels_on_a_cpu  # the weight itself is torch's
+    assert_close(layer(x), expected)
+    assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (layer(x), expected)))
+    assert len(kernels_on_a_cpu) == 3
+
+
+def test_training_saving_merging_and_fingerprints_are_the_same_with_the_kernel(
+    kernels_on_a_cpu, tmp_path, monkeypatch
+):
+    with_kernel = train_a_little(apply_lora(small_gpt(), 2, 2, "query", base="nf4"))
+    y, adapter = with_kernel(IDS), take_adapter(with_kernel)
+    assert kernels_on_a_cpu
+    save_adapter(with_kernel, tmp_path)
+    export_peft(with_kernel, tmp_path / "peft")
+    merged = merge_lora(with_kernel)
+    monkeypatch.setattr(lora.quantized, "find_bitsandbytes", lambda: None)
+    without = load_adapter(quantize_model(small_gpt()), tmp_path)
+    assert torch.equal(without(IDS), y) and take_adapter(without).base == adapter.base
+    assert torch.equal(import_peft(quantize_model(small_gpt()), tmp_path / "peft")(IDS), y)
+    assert same_state(merge_lora(without), state(merged))
+
+
+@pytest.mark.parametrize("weight, option, dtype", [
+    (matrix(8, 64), {"kind": "int8"}, torch.float32),
+    (matrix(8, 64), {"block": 16}, torch.float32),
+    (matrix(8, 64), {}, torch.float64),
+])
+def test_what_the_kernel_cannot_unpack_torch_does(kernels_on_a_cpu, weight, option, dtype):
+    codes = quantize(weight, **option)
+    assert torch.equal(unpack(codes, dtype), dequantize(codes, dtype)) and not kernels_on_a_cpu
+
+
+def test_a_cpu_and_a_missing_or_broken_bitsandbytes_mean_torch(monkeypatch):
+    codes = quantize(matrix(8, 64))
+    monkeypatch.setattr(lora.quantized, "find_bitsandbytes", pytest.fail)
+    assert torch.equal(unpack(codes, torch.float32), dequantize(codes))  # a CPU: nobody looks for it
+    monkeypatch.undo()
+    monkeypatch.setattr(lora.quantized, "KERNEL_DEVICES", ("cpu",))
+    for reason in (ImportError("not installed"), OSError("a library is missing"), RuntimeError("no driver")):
+        monkeypatch.setattr(lora.quantized, "import_module", Mock(side_effect=reason))
+        monkeypatch.setattr(lora.quantized, "find_bitsandbytes", find_bitsandbytes.__wrapped__)
+        assert lora.quantized.find_bitsandbytes() is None
+        assert torch.equal(unpack(codes, torch.float32), dequantize(codes))
 
 
 # Layers

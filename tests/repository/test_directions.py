@@ -26,7 +26,7 @@ LAYERS = {  # from the top: each folder, or file of appendix-E or setup, and wha
     "listings": CHAPTERS,
     "spam_classifier": BELOW_SPAM_CLASSIFIER,
     "instructions": {"language_model", "lora", "fast_path", "appendix_e"} | CHAPTERS | SHARED,
-    "language_model": {"fast_path", "appendix_e"} | CHAPTERS | SHARED,
+    "language_model": {"lora", "fast_path", "appendix_e"} | CHAPTERS | SHARED,
     "film_reviews": {"lora"} | CHAPTERS | SHARED,
     "lora": {"appendix_e"},  # a project copies these two
     "fast_path": {"appendix_e", "ch04"},

@@ -16,6 +16,10 @@ LORA = tuple(
 SPAM = ("appendix-E/spam_classifier/evaluation", "appendix-E/spam_classifier/experiments")
 REVIEWS = ("appendix-E/film_reviews/encoder", "appendix-E/comparison/reviews")
 INSTRUCTIONS = tuple(f"appendix-E/instructions/{name}" for name in ("data", "collate", "training", "scores"))
+STYLES = (
+    "appendix-E/comparison/styles", "appendix-E/language_model/generation",
+    "appendix-E/language_model/training",
+)
 MIRRORS = {  # notebook: the modules whose definitions it shows
     "ch04/ch04": ("ch04/ch04",),
     "ch05/ch05": ("ch05/ch05", "ch05/gpt_checkpoint"),
@@ -32,6 +36,10 @@ MIRRORS = {  # notebook: the modules whose definitions it shows
         "appendix-E/comparison/digits",
     ),
     "appendix-E/topics/encoder-reviews": ("appendix-E/topics/encoder_reviews", *REVIEWS),
+    "appendix-E/topics/text-generation": ("appendix-E/topics/text_generation", *STYLES),
+    "appendix-E/topics/qlora": (
+        "appendix-E/topics/qlora", "appendix-E/lora/codes", "appendix-E/lora/quantized",
+    ),
 }
 
 # What is in a notebook alone, and why.
@@ -40,7 +48,7 @@ TRY_OUT = "tries a definition out, in the notebook alone"
 NOTEBOOK_ONLY = {
     "count": TRY_OUT, "relative_change": DRAWING, "accuracy_by_loader": DRAWING, "versus": TRY_OUT,
     "LastRealToken": TRY_OUT, "distilbert": TRY_OUT, "spam_probability": DRAWING, "new_model": TRY_OUT,
-    "report": TRY_OUT, "show_neighbours": TRY_OUT, "crossing": DRAWING,
+    "report": TRY_OUT, "show_neighbours": TRY_OUT, "ordinary": TRY_OUT, "crossing": DRAWING,
 }
 
 BOOK_NAMES = {

@@ -22,7 +22,7 @@ def test_every_chapter_has_its_notebook():
     expected = {
         "ch04.ipynb", "ch05.ipynb", "ch06.ipynb", "appendix-E.ipynb", "lora-in-practice.ipynb",
         "inside-lora.ipynb", "what-lora-buys.ipynb", "lora-variants.ipynb",
-        "lora-embedding-conv.ipynb", "instruction-finetuning.ipynb",
+        "lora-embedding-conv.ipynb", "text-generation.ipynb", "instruction-finetuning.ipynb", "qlora.ipynb",
     }
     assert expected <= set(ids)
 
