@@ -29,20 +29,18 @@ from book_assets import choose_assets, get_tokenizer
 from book_assets.files import check_outputs, write_whole
 from book_figures import PALETTE
 from ch04 import pick_device
-from ch05 import load_checkpoint, save_checkpoint
 from comparison.grid import RATES, SEEDS, find_or_run, run_grid
 from comparison.instructions import InstructionTask
 from fast_path.settings import HelpFormatter, add_flags, check_count, take_flags
 from instructions.data import check_entries
 from instructions.scores import answer, score_answers
 from instructions.training import InstructionSettings
-from language_model.training import load_language_model
-from lora.adapters import load_adapter, read_adapter, save_adapter
+from language_model.saved import FULL_FILE, check_folder, load_finetuned, save_finetuned
 from lora.files import WEIGHTS_FILE
 from lora.layers import apply_lora, print_parameters
 
 INSTRUCTION_RUNS = Path(__file__).with_name("instruction-finetuning.jsonl")
-MODEL_FILE, RESULTS_FILE, ANSWERS_FILE = "model.pth", "results.json", "answers.json"
+RESULTS_FILE, ANSWERS_FILE = "results.json", "answers.json"
 TUNING_FLAGS = ("epochs", "learning_rate", "batch_size", "seed", "weight_decay", "precision", "mask_prompt")
 
 
@@ -79,31 +77,6 @@ INSTRUCTION_APPROACHES = (
     InstructionApproach("all weights", method="full"),
     InstructionApproach("all weights, prompt masked", method="full", mask_prompt=True),
 )
-
-
-# Saving and loading
-
-
-def save_model(model, config, approach, size, folder):
-    """Write what was trained into `folder`: an adapter, or with the method "full" a checkpoint."""
-    if approach.method == "lora":
-        save_adapter(model, folder, {"size": size})
-    else:
-        save_checkpoint(Path(folder, MODEL_FILE), model, config)
-
-
-def load_tuned_model(folder, device):
-    """Return the model that `finetune` wrote into `folder`, on `device`.
-
-    Raises FileNotFoundError if there is none, and what loading it raises.
-    """
-    if Path(folder, MODEL_FILE).exists():
-        return load_checkpoint(Path(folder, MODEL_FILE), device)[0]
-    notes = read_adapter(folder).notes
-    if "size" not in notes:
-        raise ValueError(f"{folder} is another task's adapter: take one that `finetune` has written here")
-    model, _ = load_language_model(notes["size"])
-    return load_adapter(model, folder).to(device).eval()
 
 
 def pair_answers(entries, answers):
@@ -204,11 +177,11 @@ def plot_tasks(exact):
 
 
 def finetune_instructions(args):
-    """Train, answer the test part, print the scores, write everything into the folder `--output`."""
+    """Train, save the model, answer the test part, write the results into the folder `--output`."""
     check_count("rank", args.rank)
-    folder = args.output
-    weights = WEIGHTS_FILE if args.method == "lora" else MODEL_FILE
-    check_outputs(*(folder / name for name in (weights, RESULTS_FILE, ANSWERS_FILE)))
+    weights = WEIGHTS_FILE if args.method == "lora" else FULL_FILE
+    check_folder(args.output, weights)
+    check_outputs(*(args.output / name for name in (weights, RESULTS_FILE, ANSWERS_FILE)))
     choice, device = args.assets or choose_assets("book"), pick_device()
     settings = chosen_settings(args)
     approach = InstructionApproach(args.method, args.method, settings.mask_prompt, args.rank, args.alpha)
@@ -216,22 +189,26 @@ def finetune_instructions(args):
     task = InstructionTask(choice, device, settings, args.size)
     model, history = task.train(approach, settings.learning_rate, settings.seed)
     print_parameters(model)
-    save_model(model, task.config, approach, task.size, folder)
-    answers = task.answers(model)
-    scores = score_answers(task.parts["test"], answers)
-    results = {
-        **task.about, "settings": asdict(settings), "approach": asdict(approach), "seconds": history.seconds,
-        "trained": count_parameters(model)[0], "losses": history.losses, "validation": history.validation,
-        "scores": scores.to_dict("index"),
-    }
-    write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
-    pairs = pair_answers(task.parts["test"], answers)
-    write_whole(folder / ANSWERS_FILE, json.dumps(pairs, indent=1, ensure_ascii=False) + "\n")
+    notes = {"settings": asdict(settings), "approach": asdict(approach)}
+    save_finetuned(model, args.output, task.size, task.config, notes)
     for step, loss in history.validation.items():
         print(f"step {step}: validation loss of the answers {loss:.3f}")
+    answers = task.answers(model)
+    scores = score_answers(task.parts["test"], answers)
     print(scores.round(3).to_string())
+    results = {
+        **task.about, **notes, "trained": count_parameters(model)[0], **asdict(history),
+        "scores": scores.to_dict("index"),
+    }
+    write_json(args.output / RESULTS_FILE, results)
+    write_json(args.output / ANSWERS_FILE, pair_answers(task.parts["test"], answers))
     files = f"{weights}, {RESULTS_FILE} and {ANSWERS_FILE}"
-    print(f"{history.seconds:.0f} s of training; {files} written to {folder}")
+    print(f"{history.seconds:.0f} s of training; {files} written to {args.output}")
+
+
+def write_json(path, content):
+    """Write `content` as JSON to `path`, whole or not at all."""
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def chosen_settings(args):
@@ -242,7 +219,7 @@ def chosen_settings(args):
 def ask(args):
     """Print the model's answer to one instruction."""
     (entry,) = check_entries([{"instruction": args.instruction, "input": args.input, "output": ""}])
-    model = load_tuned_model(args.adapter, pick_device())
+    model, _ = load_finetuned(args.adapter, pick_device())
     print(answer(model, get_tokenizer(), entry, args.max_new_tokens))
 
 
