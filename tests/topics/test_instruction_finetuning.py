@@ -167,7 +167,7 @@ def test_every_stored_run_is_one_of_a_contender_on_the_short_instructions():
 
 def test_the_stored_comparison_is_finished():
     runs = finished_runs(read_rows(INSTRUCTION_RUNS))
-    assert {*runs["title"]} == {"LoRA", "LoRA, prompt masked", "all weights, prompt masked"}
+    assert {*runs["title"]} == {each.title for each in INSTRUCTION_APPROACHES}
     assert at_the_edge(runs) == []
 
 
