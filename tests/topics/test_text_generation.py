@@ -116,7 +116,7 @@ def test_line_ends_and_wider_gaps_between_paragraphs_make_no_difference(tmp_path
 
 @pytest.mark.parametrize("content, words", [
     (b"\xff\xfe\x00", "not UTF-8"), (b"", "1 paragraphs"), (b"one\n\ntwo", "at least 10"),
-    (b"\n\n".join([b"short"] * 10), "more texts"),
+    (b"\n\n".join([b"short"] * 10), "the train part: 22 tokens make no window of 129: take more text"),
 ])
 def test_a_text_that_cannot_be_used_is_one_line(tmp_path, capsys, content, words):
     path = tmp_path / "text.txt"
