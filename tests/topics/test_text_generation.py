@@ -290,6 +290,7 @@ def test_tokens_that_cannot_be_drawn_are_grey_and_the_others_share_the_probabili
     np.testing.assert_allclose([everything[row] for row in range(4)], [0.5, 0.3, 0.15, 0.05], rtol=1e-5)
     np.testing.assert_allclose([nucleus[row] for row in range(4)], [0.625, 0.375, 0.15, 0.05], rtol=1e-5)
     assert len({bar.get_facecolor() for bar in figure.axes[1].patches}) == 2 and find_faults(figure) == []
+    assert [ax.get_title().split("\n")[1] for ax in figure.axes] == ["50,257 tokens", "2 tokens"]
 
 
 # The stored results
