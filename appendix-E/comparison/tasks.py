@@ -62,6 +62,14 @@ class SpamTask:
         return cross_entropy(logits, labels).item(), right
 
 
+def cut_windows(name, texts):
+    """Return the windows of TEXT_TOKENS of a part; raise ValueError, with its `name`, if there is none."""
+    try:
+        return encode_windows(texts, get_tokenizer(), TEXT_TOKENS)[0]
+    except ValueError as error:
+        raise ValueError(f"the {name} part: {error}") from error
+
+
 class TextTask:
     """The next tokens of film reviews; the contender trains in the blocks, the tied head stays as it is."""
 
@@ -70,11 +78,8 @@ class TextTask:
     def __init__(self, choice, device, settings=None, quick=False):
         self.size, self.device = choice.model_size(), device
         self.settings = settings or TextSettings(steps=100, batch_size=2, progress=False)
-        tokenizer = get_tokenizer()
-        self.windows = {
-            name: encode_windows(part, tokenizer, TEXT_TOKENS)[0]
-            for name, part in self.load_parts(choice, quick).items()
-        }
+        parts = self.load_parts(choice, quick)
+        self.windows = {name: cut_windows(name, texts) for name, texts in parts.items()}
         self.about = {
             "task": self.name, "model": self.size, "data": choice.data, "quick": quick,
             "steps": self.settings.steps, "batch_size": self.settings.batch_size, "tokens": TEXT_TOKENS,

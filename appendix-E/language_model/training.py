@@ -99,7 +99,7 @@ def encode_windows(texts, tokenizer, length):
     count = (len(ids) - 1) // length
     if count < 1:
         raise ValueError(
-            f"{len(ids)} tokens make no window of {length + 1}: take more texts or a smaller length"
+            f"{len(ids)} tokens make no window of {length + 1}: take more text or a smaller length"
         )
     windows = torch.tensor(ids, dtype=torch.int32).unfold(0, length + 1, length)
     return windows.contiguous(), len(ids) - 1 - count * length

@@ -159,9 +159,11 @@ def plot_levels(weight, block=64):
 def plot_errors(table):
     """Return a Figure of `errors_by_layer`: each layer's relative error, a line per kind of storage."""
     fig, ax = plt.subplots(figsize=(8, 3), layout="constrained")
-    styles = zip(table, ("grey", "blue", "orange", "green"), ("o-", "o-", "x--", "o-"))
-    for kind, color, style in styles:
-        ax.plot(range(len(table)), table[kind], style, color=PALETTE[color], ms=4, linewidth=1, label=kind)
+    styles = zip(table, ("grey", "blue", "orange", "green"), (4, 9, 4, 4))
+    for kind, color, size in styles:  # NF4's two lines coincide: rings around dots
+        face = "none" if size > 4 else PALETTE[color]
+        ax.plot(range(len(table)), table[kind], "o-", color=PALETTE[color], linewidth=1, ms=size, mfc=face,
+                label=kind)
     starts = [place for place, name in enumerate(table.index) if name.endswith("W_query")]
     ax.set_xticks(starts, [f"block {1 + number}" for number in range(len(starts))], ha="left")
     ax.set(yscale="log", ylabel="relative error (%)")

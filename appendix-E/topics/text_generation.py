@@ -108,7 +108,7 @@ def plot_decoding(logits, tokenizer, panels, count=12):
     """Return a Figure: the probabilities of the `count` likeliest next tokens, one panel per way to draw.
 
     `logits` are (V,), `panels` {title: options of `likely_tokens`}. Tokens that cannot be drawn are grey,
-    with the probability that the temperature alone gives them.
+    with the probability that the temperature alone gives them; the title says how many can.
     """
     top = logits.topk(count).indices.tolist()
     names = [repr(tokenizer.decode([token]))[1:-1].replace(" ", "␣") for token in top]
@@ -116,12 +116,14 @@ def plot_decoding(logits, tokenizer, panels, count=12):
         1, len(panels), figsize=(8, 0.26 * count + 0.9), sharey=True, sharex=True, layout="constrained",
         squeeze=False)
     for ax, (title, options) in zip(axes[0], panels.items()):
-        kept = likely_tokens(logits, **options)[top].numpy()
+        drawable = likely_tokens(logits, **options)
+        kept = drawable[top].numpy()
         warmed = likely_tokens(logits, options.get("temperature", 1.0))[top].numpy()
         for values, drawn, color in ((warmed, kept == 0, "grey"), (kept, kept > 0, "blue")):
             rows = np.flatnonzero(drawn)
             ax.barh(rows, values[rows], color=PALETTE[color], height=0.75)
-        ax.set(title=title, xlabel="probability")
+        ax.set(title=f"{title}\n{int((drawable > 0).sum()):,} tokens", xlabel="probability")
+        ax.set(xscale="log", xlim=(1e-3, 1))
     axes[0, 0].set_yticks(range(count), names)
     axes[0, 0].invert_yaxis()
     return fig

@@ -116,7 +116,7 @@ def test_line_ends_and_wider_gaps_between_paragraphs_make_no_difference(tmp_path
 
 @pytest.mark.parametrize("content, words", [
     (b"\xff\xfe\x00", "not UTF-8"), (b"", "1 paragraphs"), (b"one\n\ntwo", "at least 10"),
-    (b"\n\n".join([b"short"] * 10), "more texts"),
+    (b"\n\n".join([b"short"] * 10), "the train part: 22 tokens make no window of 129: take more text"),
 ])
 def test_a_text_that_cannot_be_used_is_one_line(tmp_path, capsys, content, words):
     path = tmp_path / "text.txt"
@@ -290,6 +290,7 @@ def test_tokens_that_cannot_be_drawn_are_grey_and_the_others_share_the_probabili
     np.testing.assert_allclose([everything[row] for row in range(4)], [0.5, 0.3, 0.15, 0.05], rtol=1e-5)
     np.testing.assert_allclose([nucleus[row] for row in range(4)], [0.625, 0.375, 0.15, 0.05], rtol=1e-5)
     assert len({bar.get_facecolor() for bar in figure.axes[1].patches}) == 2 and find_faults(figure) == []
+    assert [ax.get_title().split("\n")[1] for ax in figure.axes] == ["50,257 tokens", "2 tokens"]
 
 
 # The stored results
