@@ -34,13 +34,17 @@ def run_grid(task, contenders, output, rates=RATES, seeds=SEEDS, report=print):
     - `output`: the file of finished runs, one line of JSON each
 
     A row also has title, rate, seed and "tuning", whether it serves only to choose the rate. Raises
-    ValueError, before any training, for titles, rates or seeds that are none or occur twice, and if a
-    contender diverges with every rate.
+    ValueError, before any training, for titles, rates or seeds that are none, occur twice or are out of
+    range, and if a contender diverges with every rate.
     """
     titles = [each.title for each in contenders]
     for name, values in (("contenders' titles", titles), ("rates", [*rates]), ("seeds", [*seeds])):
         if not values or len({*values}) < len(values):
             raise ValueError(f"the {name} must be some, each of them once, not {values}")
+    if not all(0 < rate <= 1 for rate in rates):
+        raise ValueError(f"the rates must be in (0, 1], not {[*rates]}: try 1e-4 and larger ones")
+    if not all(0 <= seed < 2**63 for seed in seeds):
+        raise ValueError(f"the seeds must be integers in [0, 2**63), not {[*seeds]}")
     check_outputs(output)
     rows = []
     for contender in contenders:

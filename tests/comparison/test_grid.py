@@ -245,6 +245,8 @@ def test_what_cannot_be_compared_seed_by_seed_is_refused_by_name(runs, reference
     ({"contenders": [Contender("one"), Contender("one", 0.3)]}, "titles must be some, each of them once"),
     ({"rates": ()}, "the rates must be some"), ({"rates": (0.1, 0.1)}, "the rates must be some"),
     ({"seeds": ()}, "the seeds must be some"), ({"seeds": (1, 1)}, "the seeds must be some"),
+    ({"rates": (0.1, 0.0)}, r"the rates must be in \(0, 1\]"), ({"rates": (2.0,)}, "the rates must be in"),
+    ({"rates": (math.nan,)}, "the rates must be in"), ({"seeds": (1, -1)}, "the seeds must be integers in"),
 ])
 def test_what_cannot_be_compared_is_refused_before_any_training(changes, message, output):
     task = Task()

@@ -111,10 +111,12 @@ def test_the_command_gives_the_chosen_contenders_to_the_task_with_rates_and_seed
 
     monkeypatch.setitem(lora_variants.TASKS, "spam", Task)
     lora_variants.main([
-        "--task", "spam", "--only", "DoRA", "LoRA", "--rates", "1", "2", "--seeds", "4", "--quick",
+        "--task", "spam", "--only", "DoRA", "LoRA", "--rates", "0.1", "0.2", "--seeds", "4", "--quick",
         "--output", str(tmp_path / "runs.jsonl"), "--assets", "embedded",
     ])
-    assert Task.runs == [(t, rate, seed) for t in ("LoRA", "DoRA") for rate, seed in ((1, 7), (2, 7), (1, 4))]
+    assert Task.runs == [
+        (title, rate, seed) for title in ("LoRA", "DoRA") for rate, seed in ((0.1, 7), (0.2, 7), (0.1, 4))
+    ]
     assert {row["data"] for row in read_rows(tmp_path / "runs.jsonl")} == {"embedded"}
 
 
