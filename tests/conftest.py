@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-ALLOWED_SKIPS = ("slow:", "needs CUDA", "needs MPS", "needs bitsandbytes")
+ALLOWED_SKIPS = ("slow:", "needs CUDA", "needs MPS")
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
     parser.addoption(
         "--strict-skips", action="store_true",
-        help="fail if a test is skipped for any reason but CUDA, MPS, bitsandbytes and slow",
+        help="fail if a test is skipped for any reason but CUDA, MPS and slow",
     )
 
 

@@ -1,8 +1,10 @@
 """Bases in 4 and 8 bits: the codes, the layers that store them, and all that LoRA does on top of them."""
 
 import copy
+import json
 import pickle
 from itertools import pairwise
+from pathlib import Path
 from unittest.mock import Mock
 
 import peft
@@ -45,7 +47,8 @@ PUBLISHED = [  # the QLoRA paper's appendix E, and bitsandbytes' table
 ]
 HALF_GAP = (1 - 0.6961928009986877) / 2  # half the widest gap between levels
 GPT2 = foreign("gpt2")
-NO_BITSANDBYTES = "needs bitsandbytes, of which a CPU version exists: pip install bitsandbytes"
+NO_BITSANDBYTES = "needs CUDA, where bitsandbytes is used (it installs on a CPU as well)"
+RECORDED = Path(__file__).with_name("bitsandbytes-nf4.json")  # what bitsandbytes itself computed on a CPU
 
 
 def matrix(rows, columns, seed=0, scale=0.02):
@@ -188,7 +191,15 @@ def test_what_cannot_be_quantized_is_refused(change, message):
 # bitsandbytes, real where it is installed, else a stand-in
 
 
-def test_the_codes_and_levels_are_those_of_bitsandbytes():
+def test_the_codes_and_levels_are_those_that_bitsandbytes_has_written():
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+    ours = quantize(torch.tensor(recorded["weight"]), double=False)
+    assert bytes(ours.packed.tolist()) == bytes.fromhex(recorded["packed"])
+    assert_close(ours.absmax, torch.tensor(recorded["absmax"]), 1e-6)
+    assert_close(NF4, torch.tensor(recorded["levels"]), 1e-6)
+
+
+def test_the_codes_and_levels_are_those_of_the_bitsandbytes_that_is_installed():
     functional = pytest.importorskip("bitsandbytes.functional", reason=NO_BITSANDBYTES)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert_close(functional.get_4bit_type("nf4", device="cpu"), NF4, 1e-6)
